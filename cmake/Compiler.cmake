@@ -1,0 +1,17 @@
+# How everything is compiled: one standard, one set of warnings, paths relative to the root in every message.
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+option(KATA_WERROR "Treat warnings as errors (continuous integration does)" OFF)
+
+add_library(kata_compiler INTERFACE)
+target_compile_options(kata_compiler INTERFACE -Wall -Wextra $<$<BOOL:${KATA_WERROR}>:-Werror>
+                                               -fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=
+                                               -fmacro-prefix-map=${KATA_ANSWERS}/=)
+target_include_directories(kata_compiler INTERFACE ${CMAKE_SOURCE_DIR})
+if(KATA_SANITIZE)
+  target_compile_options(kata_compiler INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=all
+                                                 -fno-omit-frame-pointer -g1)
+  target_link_options(kata_compiler INTERFACE -fsanitize=address,undefined)
+endif()

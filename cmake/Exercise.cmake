@@ -1,0 +1,98 @@
+# The manifest of the course: add_exercise(), called once for each step, in course order.
+#
+#   add_exercise(02_attention
+#                IDEA "scores, scale, mask, softmax, weights times value"   # the one new idea, in a line
+#                KIND cpu                                                   # cpu or cuda
+#                FILES attention.cpp                                        # what the student fills
+#                NEEDS phase1.01_softmax)                                   # earlier steps that it may call
+#
+# Called from phaseN_name/CMakeLists.txt. Everything else follows from the names:
+#   phase1.02_attention         the student's file, compiled (an object library)
+#   phase1.02_attention_suite   02_attention/attention_test.cpp, compiled
+#   phase1.02_attention_test    the two, linked; every TEST_CASE becomes a ctest test, labelled phase1
+# write_course() then writes build/<preset>/course.json, which is all that the kata program knows of the course.
+include_guard()
+
+define_property(GLOBAL PROPERTY KATA_STEPS BRIEF_DOCS "The steps as JSON objects, in course order")
+
+function(add_exercise folder)
+  cmake_parse_arguments(PARSE_ARGV 1 STEP "" "IDEA;KIND" "FILES;NEEDS")
+  foreach(required IDEA KIND FILES)
+    if(NOT STEP_${required})
+      message(FATAL_ERROR "add_exercise(${folder}): ${required} is missing")
+    endif()
+  endforeach()
+  if(NOT STEP_KIND MATCHES "^(cpu|cuda)$")
+    message(FATAL_ERROR "add_exercise(${folder}): KIND is '${STEP_KIND}', allowed is cpu or cuda")
+  endif()
+  if(NOT folder MATCHES "^([0-9][0-9])_(.+)$")
+    message(FATAL_ERROR "add_exercise(${folder}): a step folder is named NN_name")
+  endif()
+  set(step_number ${CMAKE_MATCH_1})
+  set(name ${CMAKE_MATCH_2})
+  cmake_path(GET CMAKE_CURRENT_SOURCE_DIR FILENAME phase_folder)
+  if(NOT phase_folder MATCHES "^phase([0-9])_(.+)$")
+    message(FATAL_ERROR "add_exercise(${folder}): call it from a folder named phaseN_name, not from ${phase_folder}")
+  endif()
+  set(phase ${CMAKE_MATCH_1})
+  set(phase_name ${CMAKE_MATCH_2})
+  set(label phase${phase}.${folder})
+  set(number ${phase}.${step_number})
+  set(path ${phase_folder}/${folder})
+
+  list(TRANSFORM STEP_FILES PREPEND ${KATA_ANSWERS}/${path}/ OUTPUT_VARIABLE answers)
+  foreach(answer IN LISTS answers)
+    if(NOT EXISTS ${answer})
+      message(FATAL_ERROR "${label}: ${answer} does not exist; KATA_ANSWERS is ${KATA_ANSWERS}")
+    endif()
+  endforeach()
+
+  add_library(${label} OBJECT ${answers})
+  target_include_directories(${label} PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/${folder})
+  target_link_libraries(${label} PUBLIC flashkata_attention)
+  target_precompile_headers(${label} REUSE_FROM kata_answer_headers)
+  foreach(need IN LISTS STEP_NEEDS)
+    target_include_directories(${label} PUBLIC $<TARGET_PROPERTY:${need},INTERFACE_INCLUDE_DIRECTORIES>)
+  endforeach()
+
+  list(GET STEP_FILES 0 file)
+  configure_file(${CMAKE_SOURCE_DIR}/cmake/step.cpp.in ${folder}/step.cpp @ONLY)
+  add_library(${label}_suite OBJECT ${folder}/${name}_test.cpp ${CMAKE_CURRENT_BINARY_DIR}/${folder}/step.cpp)
+  target_include_directories(${label}_suite PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/${folder})
+  target_link_libraries(${label}_suite PUBLIC flashkata_testing)
+  target_precompile_headers(${label}_suite REUSE_FROM kata_suite_headers)
+
+  add_executable(${label}_test)
+  set_target_properties(${label}_test PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${folder})
+  target_link_libraries(${label}_test PRIVATE ${label} ${STEP_NEEDS} ${label}_suite)
+  doctest_discover_tests(${label}_test TEST_PREFIX "${label} · " PROPERTIES LABELS phase${phase} TIMEOUT 60)
+
+  set_property(GLOBAL APPEND PROPERTY KATA_LABELS ${label})
+  set_property(GLOBAL PROPERTY KATA_PATH_${label} ${path})
+  set_property(GLOBAL PROPERTY KATA_NEEDS_${label} ${STEP_NEEDS})
+
+  list(TRANSFORM STEP_FILES REPLACE "(.+)" "\"\\1\"" OUTPUT_VARIABLE files_json)
+  list(JOIN files_json ", " files_json)
+  list(TRANSFORM STEP_NEEDS REPLACE "(.+)" "\"\\1\"" OUTPUT_VARIABLE needs_json)
+  list(JOIN needs_json ", " needs_json)
+  set_property(GLOBAL APPEND PROPERTY KATA_STEPS "    { \"number\": \"${number}\", \"label\": \"${label}\", \
+\"phase\": ${phase}, \"phase_name\": \"${phase_name}\", \"name\": \"${name}\", \"folder\": \"${path}\", \
+\"idea\": \"${STEP_IDEA}\", \"kind\": \"${STEP_KIND}\", \"files\": [${files_json}], \"needs\": [${needs_json}], \
+\"target\": \"${label}_test\", \"test\": \"${CMAKE_CURRENT_BINARY_DIR}/${folder}/${label}_test\" }")
+endfunction()
+
+function(write_course)
+  get_property(steps GLOBAL PROPERTY KATA_STEPS)
+  list(JOIN steps ",\n" steps)
+  cmake_path(GET CMAKE_BINARY_DIR FILENAME preset)
+  file(CONFIGURE OUTPUT course.json @ONLY CONTENT "{
+  \"source\": \"${CMAKE_SOURCE_DIR}\",
+  \"build\": \"${CMAKE_BINARY_DIR}\",
+  \"preset\": \"${preset}\",
+  \"answers\": \"${KATA_ANSWERS}\",
+  \"steps\": [
+${steps}
+  ]
+}
+")
+endfunction()

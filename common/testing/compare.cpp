@@ -1,0 +1,110 @@
+#include "common/testing/compare.hpp"
+
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+
+#include "common/testing/report.hpp"
+
+namespace flashkata::testing {
+namespace {
+
+std::string number(double value) {
+  std::ostringstream text;
+  text.precision(5);
+  text << value;
+  return text.str();
+}
+
+bool same_shape(std::string_view name, const Array& got, const Array& want) {
+  if (got.shape == want.shape) return true;
+  finding(name, "has shape " + to_text(got.shape) + ", want " + to_text(want.shape));
+  return false;
+}
+
+std::string how_many(std::size_t some, std::size_t all) {
+  return std::to_string(some) + " of " + std::to_string(all) + (all == 1 ? " element" : " elements");
+}
+
+}  // namespace
+
+Bound fp32_bound(Array magnitude, double largest_score) {
+  constexpr double eps = std::numeric_limits<float>::epsilon();
+  return {1e-5 + 2.0 * eps * largest_score, std::move(magnitude)};
+}
+
+bool expect_close(std::string_view name, const Array& got, const Array& want, const Bound& bound, const Axes& axes) {
+  if (!same_shape(name, got, want)) return false;
+  std::size_t off = 0;
+  std::size_t nan = 0;
+  std::size_t first = npos;
+  double worst = 0.0;
+  for (std::size_t i = 0; i < want.count(); ++i) {
+    // Below the smallest normal float nothing can be asked for: weights of exp(-100) may round to 0.
+    const double allowed = bound.relative * bound.magnitude.values[i] + std::numeric_limits<float>::min();
+    const double error = got.values[i] == want.values[i] ? 0.0 : std::abs(got.values[i] - want.values[i]);
+    if (error <= allowed) continue;
+    ++off;
+    if (std::isnan(got.values[i])) ++nan;
+    if (first == npos) first = i;
+    const double ratio = error / allowed;
+    if (!(ratio <= worst)) worst = ratio;
+  }
+  if (off == 0) return true;
+
+  std::ostringstream text;
+  text << how_many(off, want.count()) << " off";
+  if (nan > 0) text << ", " << (nan == off ? "all of them" : std::to_string(nan)) << " NaN";
+  text << "; first at [" << place(want, first, axes) << "]: got " << number(got.values[first]) << ", want "
+       << number(want.values[first]);
+  if (std::isfinite(worst)) text << "; worst " << number(worst) << " x the bound (" << number(bound.relative) << ")";
+  finding(name, text.str());
+  return false;
+}
+
+bool expect_same_bits(std::string_view name, const Array& got, const Array& want, const Axes& axes,
+                      std::string_view why) {
+  if (!same_shape(name, got, want)) return false;
+  const std::size_t first = first_difference(got, want);
+  if (first == npos) return true;
+  std::size_t changed = 0;
+  for (std::size_t i = 0; i < want.count(); ++i) {
+    changed += got.values[i] != want.values[i] && !(std::isnan(got.values[i]) && std::isnan(want.values[i]));
+  }
+  finding(name, "changed in " + how_many(changed, want.count()) + " " + std::string(why) + "; first at [" +
+                    place(want, first, axes) + "]: " + number(want.values[first]) + " became " +
+                    number(got.values[first]));
+  return false;
+}
+
+bool expect_all(std::string_view name, const Array& got, double want, double tolerance, const Axes& axes,
+                std::string_view what) {
+  std::size_t off = 0;
+  std::size_t first = npos;
+  for (std::size_t i = 0; i < got.count(); ++i) {
+    if (std::abs(got.values[i] - want) <= tolerance) continue;
+    ++off;
+    if (first == npos) first = i;
+  }
+  if (off == 0) return true;
+  finding(name, std::string(what) + "; " + how_many(off, got.count()) + " off, first at [" + place(got, first, axes) +
+                    "]: got " + number(got.values[first]) + ", want " + number(want));
+  return false;
+}
+
+bool expect(bool ok, std::string_view name, const std::string& sentence) {
+  if (!ok) finding(name, sentence);
+  return ok;
+}
+
+void judge_rejection(std::string_view what, std::string_view argument, bool thrown, std::string_view message) {
+  if (!thrown) {
+    finding("accepted",
+            std::string(what) + ": nothing was thrown, want std::invalid_argument naming " + std::string(argument));
+  } else if (message.find(argument) == std::string_view::npos) {
+    finding("message", std::string(what) + ": \"" + std::string(message) + "\" does not name " + std::string(argument));
+  }
+}
+
+}  // namespace flashkata::testing

@@ -1,0 +1,54 @@
+// The main() of every test executable: doctest with the course's reporter, and four options of our own.
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+
+#include <charconv>
+#include <iostream>
+#include <string_view>
+
+#include "common/testing/options.hpp"
+#include "common/testing/recognise.hpp"
+
+namespace flashkata::testing {
+namespace {
+
+int case_number = 0;
+std::string summary;
+
+// Takes "--name=value" out of `argument`.
+bool option(std::string_view argument, std::string_view name, std::string_view& value) {
+  if (argument.substr(0, name.size()) != name) return false;
+  value = argument.substr(name.size());
+  return true;
+}
+
+}  // namespace
+
+int only_case() { return case_number; }
+const std::string& summary_file() { return summary; }
+
+}  // namespace flashkata::testing
+
+int main(int argc, char** argv) {
+  using namespace flashkata::testing;
+  doctest::Context context;
+  context.setOption("reporters", "kata");
+  context.setOption("no-intro", true);
+  context.applyCommandLine(argc, argv);
+  for (int i = 1; i < argc; ++i) {
+    std::string_view value;
+    if (option(argv[i], "--case=", value)) {
+      const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), case_number);
+      if (error != std::errc{} || *end != '\0' || case_number < 1) {
+        std::cerr << "--case: got " << value << ", allowed is the number of a case, from 1\n";
+        return 2;
+      }
+    } else if (option(argv[i], "--summary=", value)) {
+      summary = value;
+    } else if (std::string_view(argv[i]) == "--fingerprints") {
+      print_fingerprints(std::cout, take_fingerprints());
+      return 0;
+    }
+  }
+  return context.run();
+}

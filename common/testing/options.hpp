@@ -1,0 +1,14 @@
+// What a test executable was asked for on its command line, beside doctest's own options.
+#pragma once
+
+#include <string>
+
+namespace flashkata::testing {
+
+/// --case=N: run only the numbered input N. 0: all of them.
+int only_case();
+
+/// --summary=FILE: where the verdict goes as JSON, for programs. Empty: nowhere.
+const std::string& summary_file();
+
+}  // namespace flashkata::testing

@@ -1,0 +1,44 @@
+#include "common/virtual_gpu/fiber.hpp"
+
+#include <sys/mman.h>
+
+#include <new>
+
+namespace flashkata::virtual_gpu {
+
+StackArena::~StackArena() {
+  if (begin_ != 0) munmap(reinterpret_cast<void*>(begin_), threads_ * pitch());
+}
+
+void StackArena::resize(std::size_t threads, std::size_t stack_bytes) {
+  if (threads <= threads_ && stack_bytes == stack_bytes_) return;
+  if (begin_ != 0) munmap(reinterpret_cast<void*>(begin_), threads_ * pitch());
+  begin_ = 0;
+  threads_ = threads;
+  stack_bytes_ = stack_bytes;
+  void* memory = mmap(nullptr, threads_ * pitch(), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  begin_ = reinterpret_cast<std::uintptr_t>(memory);
+  for (std::size_t thread = 0; thread < threads_; ++thread) {
+    mprotect(reinterpret_cast<void*>(begin_ + thread * pitch()), GUARD_BYTES, PROT_NONE);
+  }
+}
+
+int StackArena::owner(std::uintptr_t address) const {
+  if (begin_ == 0 || address - begin_ >= threads_ * pitch()) return -1;
+  return static_cast<int>((address - begin_) / pitch());
+}
+
+bool StackArena::is_guard(std::uintptr_t address) const {
+  return owner(address) >= 0 && (address - begin_) % pitch() < GUARD_BYTES;
+}
+
+Context StackArena::start(std::size_t thread, void (*function)(boost::context::detail::transfer_t)) const {
+  // Stacks start a few cache lines apart, or all their tops would fall into the same few sets of the cache.
+  const std::size_t colour = (thread * 17) % 60 * 64;
+  auto* top = reinterpret_cast<char*>(low(thread) + stack_bytes_ - colour);
+  return boost::context::detail::make_fcontext(top, stack_bytes_ - colour, function);
+}
+
+}  // namespace flashkata::virtual_gpu

@@ -1,0 +1,236 @@
+#include "common/virtual_gpu/warp_operation.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstring>
+
+#include "common/virtual_gpu/device_calls.hpp"
+
+namespace flashkata::virtual_gpu {
+namespace {
+
+std::string mask_text(std::uint32_t mask) {
+  char text[16];
+  std::snprintf(text, sizeof text, "0x%08x", mask);
+  return text;
+}
+
+[[noreturn]] void report_bad_mask(Worker& worker, const Thread& thread, const std::string& why) {
+  {
+    const HooksOff hooks_off;
+    if (worker.sightings.is_new(FindingKind::absent_lane, thread.site)) {
+      worker.sightings.describe(FindingKind::absent_lane, thread.site, 0,
+                                worker.thread_and_block(thread.id) + " calls " + thread.waits_for + " at {here} " + why,
+                                true);
+    }
+  }
+  worker.abandon();
+}
+
+std::string place_text(const Worker& worker, const Thread& thread, const char* placeholder) {
+  return worker.thread_name(thread.id) + " waits at " + thread.waits_for + " with mask " + mask_text(thread.mask) +
+         " at " + placeholder;
+}
+
+/// All lanes of the mask have arrived somewhere: at the same operation, with the same mask, from the same line?
+void check_agreement(Worker& worker, const Thread& last, const Thread& other) {
+  const bool agree = other.operation == last.operation && other.mask == last.mask;
+  if (agree && (other.site == last.site || !worker.launch->check)) return;
+  const HooksOff hooks_off;
+  if (worker.sightings.is_new(FindingKind::divergent_warp, last.site, other.site)) {
+    const std::string advice = agree ? "; lanes that meet should come from the same line, or the result depends on how "
+                                       "the hardware happens to reunite them"
+                                     : "; all lanes that the mask names must call the same function with the same mask";
+    worker.sightings.describe(FindingKind::divergent_warp, last.site, other.site,
+                              worker.in_block() + place_text(worker, last, "{here}") + " while " +
+                                  place_text(worker, other, "{there}") + advice,
+                              !agree);
+  }
+  if (!agree) worker.abandon();
+}
+
+void complete(Worker& worker, Warp& warp, const Thread& last) {
+  const std::size_t first_thread = static_cast<std::size_t>(last.warp()) * 32;
+  Thread* lanes = &worker.threads[first_thread];
+  void* arguments[32];
+  for (std::uint32_t rest = last.mask; rest != 0; rest &= rest - 1) {
+    const int lane = std::countr_zero(rest);
+    if (lanes[lane].operation != last.operation || lanes[lane].mask != last.mask || lanes[lane].site != last.site) {
+      check_agreement(worker, last, lanes[lane]);
+    }
+    arguments[lane] = lanes[lane].argument;
+  }
+  last.operation(worker, arguments, last.mask);
+  warp.waiting &= ~last.mask;
+  if (worker.launch->profile && std::popcount(last.mask) == 32) warp.log.flush(worker.lines);
+  for (std::uint32_t rest = last.mask; rest != 0; rest &= rest - 1) {
+    make_ready(worker, lanes[std::countr_zero(rest)]);
+  }
+}
+
+}  // namespace
+
+void join_warp_operation(WarpOperation operation, const char* name, std::uint32_t mask, void* argument, Site site,
+                         bool whole_warp) {
+  Worker& worker = *current_worker;
+  Thread& thread = *worker.current;
+  Warp& warp = worker.warp_of(thread);
+  thread.waits_for = name;
+  thread.site = site;
+  ++thread.work;
+
+  const auto existing = static_cast<int>(worker.threads.size()) - thread.warp() * 32;
+  if (existing < 32) {
+    if (whole_warp) report_bad_mask(worker, thread, "but its warp has only " + std::to_string(existing) +
+                                                        " threads; all 32 lanes have to take part");
+    mask &= (1u << existing) - 1;
+  }
+  if ((mask >> thread.lane() & 1) == 0) {
+    report_bad_mask(worker, thread, "with the mask " + mask_text(mask) + ", which does not name lane " +
+                                        std::to_string(thread.lane()) + " itself");
+  }
+
+  thread.state = ThreadState::at_warp_operation;
+  thread.operation = operation;
+  thread.mask = mask;
+  thread.argument = argument;
+  warp.waiting |= 1u << thread.lane();
+  if ((warp.waiting & mask) == mask) complete(worker, warp, thread);
+  run_next(worker, thread.context);
+}
+
+// ---- __syncwarp ------------------------------------------------------------------------------------------------
+
+namespace {
+
+/// Some lanes synchronise: each of them has now seen whatever one of them had seen before.
+void join_lanes(Worker& worker, Warp& warp, std::uint32_t mask) {
+  if (!warp.has_partial_syncs) {
+    for (auto& row : warp.since) row.fill(warp.clock);
+    warp.has_partial_syncs = true;
+  }
+  std::array<std::uint32_t, 32> seen{};
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    const auto& row = warp.since[static_cast<std::size_t>(std::countr_zero(rest))];
+    for (std::size_t lane = 0; lane < 32; ++lane) seen[lane] = std::max(seen[lane], row[lane]);
+  }
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    seen[static_cast<std::size_t>(std::countr_zero(rest))] = worker.clock;
+  }
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    warp.since[static_cast<std::size_t>(std::countr_zero(rest))] = seen;
+  }
+}
+
+void synchronise_lanes(Worker& worker, void* const*, std::uint32_t mask) {
+  const std::size_t first_thread = static_cast<std::size_t>(worker.current->warp()) * 32;
+  const std::size_t existing = std::min<std::size_t>(32, worker.threads.size() - first_thread);
+  Warp& warp = worker.warp_of(*worker.current);
+  ++worker.clock;
+  ++worker.events.warp_barriers;
+  if (std::popcount(mask) == static_cast<int>(existing)) {
+    warp.clock = worker.clock;
+    warp.has_partial_syncs = false;
+  } else {
+    join_lanes(worker, warp, mask);
+  }
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    worker.threads[first_thread + static_cast<std::size_t>(std::countr_zero(rest))].clock = worker.clock;
+  }
+}
+
+}  // namespace
+
+void sync_warp(std::uint32_t mask) {
+  join_warp_operation(synchronise_lanes, "__syncwarp()", mask, nullptr, site_of(__builtin_return_address(0)));
+}
+
+// ---- shuffles and votes ----------------------------------------------------------------------------------------
+
+namespace {
+
+struct ShuffleArgument {
+  std::uint64_t value;
+  std::uint64_t result;
+  int source;
+};
+
+constexpr std::uint64_t POISON = 0x7fc0dead7fc0deadull;  // NaN as float and as double: what an absent lane gives
+
+void report_absent_source(Worker& worker, int lane, int source, std::uint32_t mask) {
+  const HooksOff hooks_off;
+  const Thread& thread = worker.threads[static_cast<std::size_t>(worker.current->warp() * 32 + lane)];
+  if (!worker.sightings.is_new(FindingKind::absent_lane, thread.site)) return;
+  worker.sightings.describe(FindingKind::absent_lane, thread.site, 0,
+                            worker.thread_and_block(thread.id) + " (lane " + std::to_string(lane) +
+                                ") takes the value of lane " + std::to_string(source) + " with " + thread.waits_for +
+                                " at {here}, but that lane does not take part (mask " + mask_text(mask) +
+                                "); what it gets is undefined");
+}
+
+void exchange_values(Worker& worker, void* const* arguments, std::uint32_t mask) {
+  ++worker.events.shuffles;
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    const int lane = std::countr_zero(rest);
+    auto& mine = *static_cast<ShuffleArgument*>(arguments[lane]);
+    if (mask >> mine.source & 1) {
+      mine.result = static_cast<ShuffleArgument*>(arguments[mine.source])->value;
+    } else {
+      mine.result = POISON;
+      report_absent_source(worker, lane, mine.source, mask);
+    }
+  }
+}
+
+void count_votes(Worker& worker, void* const* arguments, std::uint32_t mask) {
+  ++worker.events.shuffles;
+  std::uint32_t votes = 0;
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    const int lane = std::countr_zero(rest);
+    if (*static_cast<std::uint32_t*>(arguments[lane]) != 0) votes |= 1u << lane;
+  }
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    *static_cast<std::uint32_t*>(arguments[std::countr_zero(rest)]) = votes;
+  }
+}
+
+/// Each group of `width` lanes is a warp of its own; a source outside it means the lane's own value, except for the
+/// index form, which wraps around.
+int source_lane(Shuffle kind, int lane, int argument, int width) {
+  const int first = lane & ~(width - 1);
+  int source = lane;
+  switch (kind) {
+    case Shuffle::index: return first | (argument & (width - 1));
+    case Shuffle::exclusive_or: source = lane ^ argument; return source < first + width ? source & 31 : lane;
+    case Shuffle::down: source = lane + argument; break;
+    case Shuffle::up: source = lane - argument; break;
+  }
+  return source >= first && source < first + width ? source : lane;
+}
+
+const char* shuffle_name(Shuffle kind) {
+  switch (kind) {
+    case Shuffle::index: return "__shfl_sync()";
+    case Shuffle::exclusive_or: return "__shfl_xor_sync()";
+    case Shuffle::down: return "__shfl_down_sync()";
+    case Shuffle::up: return "__shfl_up_sync()";
+  }
+  return "";
+}
+
+}  // namespace
+
+std::uint64_t shuffle(Shuffle kind, std::uint32_t mask, std::uint64_t value, int argument, int width) {
+  ShuffleArgument mine{value, 0, source_lane(kind, current_thread().lane(), argument, width)};
+  join_warp_operation(exchange_values, shuffle_name(kind), mask, &mine, site_of(__builtin_return_address(0)));
+  return mine.result;
+}
+
+std::uint32_t ballot(std::uint32_t mask, bool predicate) {
+  std::uint32_t votes = predicate ? 1 : 0;
+  join_warp_operation(count_votes, "a vote", mask, &votes, site_of(__builtin_return_address(0)));
+  return votes;
+}
+
+}  // namespace flashkata::virtual_gpu
