@@ -4,7 +4,8 @@
 #                IDEA "scores, scale, mask, softmax, weights times value"   # the one new idea, in a line
 #                KIND cpu                                                   # cpu or cuda
 #                FILES attention.cpp                                        # what the student fills
-#                NEEDS phase1.01_softmax)                                   # earlier steps that it may call
+#                NEEDS phase1.01_softmax                                    # earlier steps that it may call
+#                PROVIDED library.cpp)                                      # given to the student, in the step's folder
 #
 # Called from phaseN_name/CMakeLists.txt. Everything else follows from the names:
 #   phase1.02_attention         the student's file, compiled (an object library)
@@ -16,7 +17,7 @@ include_guard()
 define_property(GLOBAL PROPERTY KATA_STEPS BRIEF_DOCS "The steps as JSON objects, in course order")
 
 function(add_exercise folder)
-  cmake_parse_arguments(PARSE_ARGV 1 STEP "" "IDEA;KIND" "FILES;NEEDS")
+  cmake_parse_arguments(PARSE_ARGV 1 STEP "" "IDEA;KIND" "FILES;NEEDS;PROVIDED")
   foreach(required IDEA KIND FILES)
     if(NOT STEP_${required})
       message(FATAL_ERROR "add_exercise(${folder}): ${required} is missing")
@@ -50,6 +51,7 @@ function(add_exercise folder)
   add_library(${label} OBJECT ${answers})
   target_include_directories(${label} PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/${folder})
   target_link_libraries(${label} PUBLIC flashkata_attention)
+  target_compile_options(${label} PRIVATE -Wno-unused-parameter)  # a stub uses none of them yet
   target_precompile_headers(${label} REUSE_FROM kata_answer_headers)
   foreach(need IN LISTS STEP_NEEDS)
     target_include_directories(${label} PUBLIC $<TARGET_PROPERTY:${need},INTERFACE_INCLUDE_DIRECTORIES>)
@@ -57,7 +59,8 @@ function(add_exercise folder)
 
   list(GET STEP_FILES 0 file)
   configure_file(${CMAKE_SOURCE_DIR}/cmake/step.cpp.in ${folder}/step.cpp @ONLY)
-  add_library(${label}_suite OBJECT ${folder}/${name}_test.cpp ${CMAKE_CURRENT_BINARY_DIR}/${folder}/step.cpp)
+  list(TRANSFORM STEP_PROVIDED PREPEND ${folder}/)
+  add_library(${label}_suite OBJECT ${folder}/${name}_test.cpp ${STEP_PROVIDED} ${CMAKE_CURRENT_BINARY_DIR}/${folder}/step.cpp)
   target_include_directories(${label}_suite PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/${folder})
   target_link_libraries(${label}_suite PUBLIC flashkata_testing)
   target_precompile_headers(${label}_suite REUSE_FROM kata_suite_headers)

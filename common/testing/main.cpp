@@ -32,7 +32,7 @@ const std::string& summary_file() { return summary; }
 int main(int argc, char** argv) {
   using namespace flashkata::testing;
   doctest::Context context;
-  context.setOption("reporters", "kata");
+  context.setOption("reporters", reporter_name());
   context.setOption("no-intro", true);
   context.applyCommandLine(argc, argv);
   for (int i = 1; i < argc; ++i) {

@@ -11,4 +11,7 @@ int only_case();
 /// --summary=FILE: where the verdict goes as JSON, for programs. Empty: nowhere.
 const std::string& summary_file();
 
+/// The reporter that prints failures as report.hpp shows them.
+const char* reporter_name();
+
 }  // namespace flashkata::testing

@@ -270,6 +270,8 @@ DOCTEST_REGISTER_EXCEPTION_TRANSLATOR(const NotImplemented& error) {
 
 }  // namespace
 
+const char* reporter_name() { return "kata"; }
+
 void finding(std::string_view name, const std::string& sentence) {
   const bool in_later_case = running.first_case && *running.first_case != running.current_case;
   if (in_later_case) {
