@@ -71,7 +71,6 @@ const corpus::Answers answers{
 };
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
 float scale_of(const Matrix& query, const Matrix& key, const Matrix& value, std::optional<float> given) {
   if (corpus::name().starts_with("scale-missing")) return given.value_or(1.0f);

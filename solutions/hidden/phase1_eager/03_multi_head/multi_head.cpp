@@ -7,7 +7,6 @@ Tensor<float, 3> eager_bidirectional(View<const float, 3> q, View<const float, 3
   check_model_layout(q, k, v, num_heads, mask);
   const Index batch = q.size(0);
   const Index queries = q.size(1);
-  const Index keys = k.size(1);
   const Index width = q.size(2) / num_heads;        // D
   const Index value_width = v.size(2) / num_heads;  // Dv
 
