@@ -68,7 +68,7 @@ function(add_exercise folder)
   add_executable(${label}_test)
   set_target_properties(${label}_test PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${folder})
   target_link_libraries(${label}_test PRIVATE ${label} ${STEP_NEEDS} ${label}_suite)
-  doctest_discover_tests(${label}_test TEST_PREFIX "${label} · " PROPERTIES LABELS phase${phase} TIMEOUT 60)
+  doctest_discover_tests(${label}_test TEST_PREFIX "${label}/" PROPERTIES LABELS phase${phase} TIMEOUT 60)
 
   set_property(GLOBAL APPEND PROPERTY KATA_LABELS ${label})
   set_property(GLOBAL PROPERTY KATA_PATH_${label} ${path})

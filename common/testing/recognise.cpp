@@ -89,7 +89,8 @@ bool alike(const Fingerprint& one, const Fingerprint& other) {
 
 // A known wrong answer explains this one if this one does what it did on the cases that it spoiled. One such case in
 // six may differ, and so may cases that it did not spoil, because people make two mistakes at once; but it must explain
-// at least half of the faults, and more of them than any other mistake does.
+// at least half of the faults, and more of them than any other mistake does; of two that explain as many, the one with
+// less to forgive.
 std::optional<std::string> recognise(const Fingerprints& answer) {
   std::ifstream file(std::string(KATA_ROOT "/common/testing/fingerprints/") + step.label + ".json");
   if (!file || answer.empty()) return std::nullopt;
@@ -100,7 +101,8 @@ std::optional<std::string> recognise(const Fingerprints& answer) {
     const auto right = stored.at("right").find(std::to_string(own.first));
     return right != stored.at("right").end() && !alike(own.second, from_json(*right));
   }));
-  std::size_t most = std::max<std::size_t>(1, (faults + 1) / 2) - 1;
+  const std::size_t enough = std::max<std::size_t>(1, (faults + 1) / 2);
+  std::pair<std::size_t, std::size_t> most{enough, 0};  // cases explained, and of the cases predicted those that differ
   std::set<std::string> best;
   for (const nlohmann::json& wrong : stored.at("wrong")) {
     std::size_t come_true = 0;
@@ -109,10 +111,13 @@ std::optional<std::string> recognise(const Fingerprints& answer) {
       come_true += own != answer.end() && alike(own->second, from_json(print));
     }
     const std::size_t predicted = wrong.at("cases").size();
-    if (predicted - come_true > predicted / 6 || come_true < most) continue;
-    if (come_true > most) best.clear();
-    if (come_true > most || !best.empty()) best.insert(wrong.at("mistake").get<std::string>());
-    most = come_true;
+    const std::size_t differ = predicted - come_true;
+    if (differ > predicted / 6 || come_true < most.first) continue;
+    const bool better = best.empty() || come_true > most.first || differ < most.second;
+    if (!better && differ > most.second) continue;
+    if (better) best.clear();
+    best.insert(wrong.at("mistake").get<std::string>());
+    most = {come_true, differ};
   }
   if (best.size() != 1 || find_mistake(*best.begin()) == nullptr) return std::nullopt;
   return *best.begin();

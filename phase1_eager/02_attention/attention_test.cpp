@@ -72,7 +72,7 @@ TEST_SUITE("phase1.02_attention") {
     expect_all("output", to_array(result.output), 4.0, 1e-6, OUTPUT, "the mean of the values is 4 in both channels");
   }
 
-  TEST_CASE("two queries and three keys, worked with a pencil in the README") {
+  TEST_CASE("two queries and three keys as worked with a pencil in the README") {
     ask("Follow the README's example line by line. Which is the first of its numbers that yours differs from?");
     const Matrix query = matrix({{2, 0}, {0, 2}});
     const Matrix key = matrix({{1, 0}, {0, 1}, {1, 1}});
