@@ -13,17 +13,17 @@ namespace flashkata {
 
 #if KATA_REAL_GPU
 // 16 bytes bypass L1 (.cg), the smaller sizes cannot (.ca).
-#define KATA_CP_ASYNC(size, cache)                                                                               \
-  KATA_DEVICE void cp_async_##size(void* shared_destination, const void* global_source, int source_bytes) {      \
-    const unsigned destination = static_cast<unsigned>(__cvta_generic_to_shared(shared_destination));            \
-    asm volatile("cp.async." cache ".shared.global [%0], [%1], " #size ", %2;" ::"r"(destination),               \
-                 "l"(__cvta_generic_to_global(global_source)), "r"(source_bytes)                                 \
-                 : "memory");                                                                                    \
+#define KATA_CP_ASYNC(size, cache)                                                                          \
+  KATA_DEVICE void cp_async_##size(void* shared_destination, const void* global_source, int source_bytes) { \
+    const unsigned destination = static_cast<unsigned>(__cvta_generic_to_shared(shared_destination));       \
+    asm volatile("cp.async." cache ".shared.global [%0], [%1], " #size ", %2;" ::"r"(destination),          \
+                 "l"(__cvta_generic_to_global(global_source)), "r"(source_bytes)                            \
+                 : "memory");                                                                               \
   }
 #else
-#define KATA_CP_ASYNC(size, cache)                                                                               \
-  KATA_DEVICE void cp_async_##size(void* shared_destination, const void* global_source, int source_bytes) {      \
-    virtual_gpu::copy_async(shared_destination, global_source, size, source_bytes);                              \
+#define KATA_CP_ASYNC(size, cache)                                                                          \
+  KATA_DEVICE void cp_async_##size(void* shared_destination, const void* global_source, int source_bytes) { \
+    virtual_gpu::copy_async(shared_destination, global_source, size, source_bytes);                         \
   }
 #endif
 

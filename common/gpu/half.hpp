@@ -8,6 +8,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/gpu/platform.hpp"
 
@@ -114,7 +115,17 @@ KATA_BOTH fp16 from_float<fp16>(float value) {
 /// Two neighbours in one register, as mma wants them: `low` has the smaller index.
 template <typename T>
 KATA_BOTH std::uint32_t pack2(float low, float high) {
+#ifdef __CUDA_ARCH__
+  std::uint32_t two;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  }
+  return two;
+#else
   return static_cast<std::uint32_t>(from_float<T>(low).x) | static_cast<std::uint32_t>(from_float<T>(high).x) << 16;
+#endif
 }
 
 }  // namespace flashkata

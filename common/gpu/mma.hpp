@@ -21,15 +21,16 @@ KATA_DEVICE void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], const 
                               const float (&c)[4]);
 
 #if KATA_REAL_GPU
-#define KATA_MMA(type, ptx_type)                                                                                  \
-  template <>                                                                                                     \
-  KATA_DEVICE void mma_m16n8k16<type>(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],    \
-                                      const float (&c)[4]) {                                                      \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ptx_type "." ptx_type ".f32 "                           \
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                            \
-                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),        \
-                   "f"(c[2]), "f"(c[3]));                                                                         \
+#define KATA_MMA(type, ptx_type)                                                                             \
+  template <>                                                                                                \
+  KATA_DEVICE void mma_m16n8k16<type>(float(&d)[4], const std::uint32_t(&a)[4], const std::uint32_t(&b)[2],  \
+                                      const float(&c)[4]) {                                                  \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." ptx_type "." ptx_type                                       \
+        ".f32 "                                                                                              \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                \
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
+          "f"(c[3]));                                                                                        \
   }
 KATA_MMA(fp16, "f16")
 KATA_MMA(bf16, "bf16")
@@ -41,19 +42,19 @@ KATA_DEVICE unsigned shared_address(const void* pointer) {
 }
 }  // namespace mma_detail
 
-#define KATA_LDMATRIX_X4(name, ptx_suffix)                                                                 \
-  KATA_DEVICE void name(std::uint32_t(&fragment)[4], const void* row) {                                    \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4" ptx_suffix ".shared.b16 {%0, %1, %2, %3}, [%4];"          \
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])              \
-                 : "r"(mma_detail::shared_address(row))                                                    \
-                 : "memory");                                                                              \
+#define KATA_LDMATRIX_X4(name, ptx_suffix)                                                        \
+  KATA_DEVICE void name(std::uint32_t(&fragment)[4], const void* row) {                           \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" ptx_suffix ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])     \
+                 : "r"(mma_detail::shared_address(row))                                           \
+                 : "memory");                                                                     \
   }
-#define KATA_LDMATRIX_X2(name, ptx_suffix)                                                 \
-  KATA_DEVICE void name(std::uint32_t(&fragment)[2], const void* row) {                    \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2" ptx_suffix ".shared.b16 {%0, %1}, [%2];"  \
-                 : "=r"(fragment[0]), "=r"(fragment[1])                                    \
-                 : "r"(mma_detail::shared_address(row))                                    \
-                 : "memory");                                                              \
+#define KATA_LDMATRIX_X2(name, ptx_suffix)                                                \
+  KATA_DEVICE void name(std::uint32_t(&fragment)[2], const void* row) {                   \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" ptx_suffix ".shared.b16 {%0, %1}, [%2];" \
+                 : "=r"(fragment[0]), "=r"(fragment[1])                                   \
+                 : "r"(mma_detail::shared_address(row))                                   \
+                 : "memory");                                                             \
   }
 #else
 template <>
@@ -71,13 +72,13 @@ namespace mma_detail {
 constexpr bool transposed(const char* ptx_suffix) { return ptx_suffix[0] != '\0'; }
 }  // namespace mma_detail
 
-#define KATA_LDMATRIX_X4(name, ptx_suffix)                                              \
-  KATA_DEVICE void name(std::uint32_t(&fragment)[4], const void* row) {                 \
-    virtual_gpu::load_matrix(fragment, row, 4, mma_detail::transposed(ptx_suffix));     \
+#define KATA_LDMATRIX_X4(name, ptx_suffix)                                          \
+  KATA_DEVICE void name(std::uint32_t(&fragment)[4], const void* row) {             \
+    virtual_gpu::load_matrix(fragment, row, 4, mma_detail::transposed(ptx_suffix)); \
   }
-#define KATA_LDMATRIX_X2(name, ptx_suffix)                                              \
-  KATA_DEVICE void name(std::uint32_t(&fragment)[2], const void* row) {                 \
-    virtual_gpu::load_matrix(fragment, row, 2, mma_detail::transposed(ptx_suffix));     \
+#define KATA_LDMATRIX_X2(name, ptx_suffix)                                          \
+  KATA_DEVICE void name(std::uint32_t(&fragment)[2], const void* row) {             \
+    virtual_gpu::load_matrix(fragment, row, 2, mma_detail::transposed(ptx_suffix)); \
   }
 #endif
 

@@ -40,7 +40,7 @@ KATA_DEVICE T* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char flashkata_dynamic_shared[];
   return reinterpret_cast<T*>(flashkata_dynamic_shared);
 #else
-  return static_cast<T*>(virtual_gpu::dynamic_shared_memory());
+  return static_cast<T*>(virtual_gpu::dynamic_shared_memory(sizeof(T)));
 #endif
 }
 #endif

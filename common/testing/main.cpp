@@ -50,5 +50,7 @@ int main(int argc, char** argv) {
       return 0;
     }
   }
-  return context.run();
+  const int status = context.run();
+  if (context.shouldExit()) return status;  // it only listed
+  return status == 0 && !any_test_ran() ? 1 : status;
 }

@@ -14,4 +14,7 @@ const std::string& summary_file();
 /// The reporter that prints failures as report.hpp shows them.
 const char* reporter_name();
 
+/// Whether there was anything to judge, after the run: a wrong --case or -tc must not look like success.
+bool any_test_ran();
+
 }  // namespace flashkata::testing

@@ -22,7 +22,7 @@ namespace {
 
 constexpr const char* OUR_MESSAGE = "a finding";  // how the reporter tells our failures from a plain CHECK
 constexpr std::size_t WIDTH = 110;
-constexpr std::size_t INDENT = 13;
+constexpr std::size_t INDENT = 16;
 
 struct Finding {
   std::string name;
@@ -36,10 +36,12 @@ struct Running {
   std::string sentence;  // of the case that failed first
   std::optional<int> first_case;
   std::vector<int> other_cases;
-  int current_case = 0;  // 0: outside run_case
-  std::string missing;   // the file of a NotImplemented
+  int current_case = 0;   // 0: outside run_case
+  std::string missing;    // the file of a NotImplemented
+  bool ran_case = false;  // the one that --case asks for
 };
 Running running;
+std::size_t tests_ran = 0;
 
 bool stdout_has_colours() {
   const char* no_color = std::getenv("NO_COLOR");
@@ -54,10 +56,10 @@ std::string styled(const char* code, const std::string& text) {
 std::string bold(const std::string& text) { return styled("1", text); }
 std::string red(const std::string& text) { return styled("31", text); }
 std::string green(const std::string& text) { return styled("32", text); }
-std::string yellow(const std::string& text) { return styled("33", text); }
+constexpr const char* YELLOW = "33";
 
 // "  output     888 of 888 elements off; ...", wrapped with a hanging indent.
-void print_line(const std::string& name, const std::string& sentence) {
+void print_line(const std::string& name, const std::string& sentence, const char* style = "0") {
   std::string line = "  " + name;
   line.resize(std::max(line.size() + 1, INDENT), ' ');
   std::istringstream words(sentence);
@@ -65,7 +67,7 @@ void print_line(const std::string& name, const std::string& sentence) {
   bool empty = true;
   while (words >> word) {
     if (!empty && line.size() + 1 + word.size() > WIDTH) {
-      std::cout << line << '\n';
+      std::cout << styled(style, line) << '\n';
       line.assign(INDENT, ' ');
       empty = true;
     }
@@ -73,7 +75,7 @@ void print_line(const std::string& name, const std::string& sentence) {
     line += word;
     empty = false;
   }
-  std::cout << line << '\n';
+  std::cout << styled(style, line) << '\n';
 }
 
 std::string again(const char* test_name) {
@@ -97,13 +99,10 @@ void print_failure(const char* test_name, const std::optional<std::string>& reco
   std::string question = running.question;
   if (recognised) {
     const Mistake& mistake = *find_mistake(*recognised);
-    std::cout << yellow("  looks like someone who " + std::string(mistake.looks_like)) << '\n';
+    print_line("looks like", "someone who " + std::string(mistake.looks_like), YELLOW);
     question = mistake.question;
   }
-  if (!question.empty()) {
-    std::cout << yellow("  ask yourself") << '\n';
-    print_line("", question);
-  }
+  if (!question.empty()) print_line("ask yourself", question, YELLOW);
   print_line("again", again(test_name));
   std::cout << '\n';
 }
@@ -147,6 +146,7 @@ class KataReporter : public doctest::IReporter {
 
   void test_case_end(const doctest::CurrentTestCaseStats& stats) override {
     const bool failed = stats.failure_flags != 0;
+    if (!failed && only_case() != 0 && !running.ran_case) return;  // this test has no such case
     verdicts_.push_back({test_name_, failed ? "failed" : "passed"});
     if (!failed) return;
     if (!running.missing.empty()) {
@@ -170,12 +170,20 @@ class KataReporter : public doctest::IReporter {
   void test_run_end(const doctest::TestRunStats& stats) override {
     if (options_.list_test_cases) return;
     if (!missing_.empty()) print_missing();
-    const unsigned passed = stats.numTestCasesPassingFilters - stats.numTestCasesFailed;
-    if (stats.numTestCasesFailed == 0 && stats.numTestCasesPassingFilters > 0) {
-      std::cout << green(std::string(step.label) + ": all " + std::to_string(passed) + " tests pass") << '\n';
+    if (shown_ > 1) std::cout << '\n';
+    const auto failed = static_cast<std::size_t>(stats.numTestCasesFailed);
+    const std::size_t ran = verdicts_.size();
+    tests_ran = ran;
+    const std::string with_case = only_case() == 0 ? "" : " with case " + std::to_string(only_case());
+    const std::string label = std::string(step.label) + ": ";
+    if (ran == 0) {
+      std::cout << label << "no test" << with_case << " was found\n";
+    } else if (failed == 0) {
+      std::cout << green(label + (ran == 1 ? "1 test passes" : "all " + std::to_string(ran) + " tests pass") +
+                         with_case)
+                << '\n';
     } else {
-      if (shown_ > 1) std::cout << '\n';
-      std::cout << step.label << ": " << passed << " of " << stats.numTestCasesPassingFilters << " tests pass\n";
+      std::cout << label << ran - failed << " of " << ran << " tests pass" << with_case << '\n';
     }
     std::cout.flush();  // after a crash nothing else will
     write_summary(stats);
@@ -237,7 +245,7 @@ class KataReporter : public doctest::IReporter {
       if (first_failed.empty() && verdict.status == "failed") first_failed = verdict.name;
     }
     const nlohmann::json summary = {{"label", step.label},
-                                    {"passed", stats.numTestCasesPassingFilters - stats.numTestCasesFailed},
+                                    {"passed", verdicts_.size() - skipped - stats.numTestCasesFailed},
                                     {"failed", stats.numTestCasesFailed},
                                     {"skipped", skipped},
                                     {"not_implemented", !missing_.empty()},
@@ -271,8 +279,10 @@ DOCTEST_REGISTER_EXCEPTION_TRANSLATOR(const NotImplemented& error) {
 }  // namespace
 
 const char* reporter_name() { return "kata"; }
+bool any_test_ran() { return tests_ran > 0; }
 
 void finding(std::string_view name, const std::string& sentence) {
+  if (only_case() != 0 && running.current_case == 0) return;
   const bool in_later_case = running.first_case && *running.first_case != running.current_case;
   if (in_later_case) {
     if (running.other_cases.empty() || running.other_cases.back() != running.current_case) {
@@ -290,6 +300,7 @@ void ask(std::string_view question) { running.question = question; }
 void run_case(int number, const std::string& sentence, const std::function<void()>& body) {
   if (only_case() != 0 && only_case() != number) return;
   running.current_case = number;
+  running.ran_case = true;
   if (!running.first_case) running.sentence = sentence;
   try {
     body();

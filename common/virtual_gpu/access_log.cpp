@@ -34,7 +34,8 @@ std::int64_t wavefronts(const std::uintptr_t* addresses, unsigned lanes, unsigne
   std::array<std::vector<std::uintptr_t>, BANKS> words;
   std::size_t most = 1;
   for (unsigned lane = 0; lane < lanes; ++lane) {
-    for (std::uintptr_t word = addresses[lane] / BANK_BYTES; word <= (addresses[lane] + bytes - 1) / BANK_BYTES; ++word) {
+    for (std::uintptr_t word = addresses[lane] / BANK_BYTES; word <= (addresses[lane] + bytes - 1) / BANK_BYTES;
+         ++word) {
       std::vector<std::uintptr_t>& in_bank = words[word % BANKS];
       if (std::find(in_bank.begin(), in_bank.end(), word) == in_bank.end()) in_bank.push_back(word);
       most = std::max(most, in_bank.size());

@@ -48,11 +48,11 @@ void report_exit_before_barrier(Worker& worker, const Thread& waiting) {
   const auto left = std::find_if(worker.threads.begin(), worker.threads.end(),
                                  [](const Thread& thread) { return thread.state == ThreadState::done; });
   const int count = static_cast<int>(worker.threads.size()) - worker.alive;
-  worker.sightings.describe(
-      FindingKind::barrier_after_exit, waiting.site, 0,
-      worker.in_block() + std::to_string(count) + (count == 1 ? " thread (" : " threads (for example ") +
-          worker.thread_name(left->id) + ") left the kernel, but the others still wait for the whole block at " +
-          "__syncthreads() at {here}; every thread of the block has to reach each barrier");
+  worker.sightings.describe(FindingKind::barrier_after_exit, waiting.site, 0,
+                            worker.in_block() + std::to_string(count) +
+                                (count == 1 ? " thread (" : " threads (for example ") + worker.thread_name(left->id) +
+                                ") left the kernel, but the others still wait for the whole block at " +
+                                "__syncthreads() at {here}; every thread of the block has to reach each barrier");
 }
 
 /// All threads of a block must meet at the same line.
@@ -76,12 +76,18 @@ void check_barrier_lines(Worker& worker) {
   if (worker.alive < static_cast<int>(worker.threads.size())) report_exit_before_barrier(worker, *first);
 }
 
+void flush_access_logs(Worker& worker) {
+  const HooksOff hooks_off;
+  for (Warp& warp : worker.warps) warp.log.flush(worker.lines);
+}
+
 void start_block(Worker& worker, std::uint64_t block) {
   const Launch& launch = *worker.launch;
   worker.block = block;
   current_block_index = worker.block_index(block);
   worker.alive = launch.threads();
   worker.at_barrier = 0;
+  if (!worker.acquired.empty()) worker.acquired.clear();
   worker.ready.reset(worker.threads.size(), launch.schedule_seed == 0 ? 0 : launch.schedule_seed * 1000003 + block + 1);
 
   if (worker.clock > Stamp::CLOCK_LIMIT / 2) {
@@ -98,6 +104,7 @@ void start_block(Worker& worker, std::uint64_t block) {
     thread.clock = worker.clock;
     thread.state = ThreadState::ready;
     thread.fenced = false;
+    thread.site = 0;
     thread.work = 0;
     thread.copies.clear();
     thread.groups.clear();
@@ -129,17 +136,14 @@ std::uint64_t nth_block(const Launch& launch, std::uint64_t n) {
 
 }  // namespace
 
-void make_ready(Worker& worker, Thread& thread) {
-  thread.state = ThreadState::ready;
-  worker.ready.push(&thread);
-}
-
-void run_next(Worker& worker, Context& here) {
-  if (worker.ready.empty()) report_deadlock(worker);
-  Thread* next = worker.ready.pop();
-  worker.current = next;
-  current_thread_index = next->index;
-  if (&next->context != &here) switch_context(here, next->context);
+bool is_builtin_variable(std::uintptr_t address) {
+  const auto inside = [address](const void* variable, std::size_t bytes) {
+    return address - reinterpret_cast<std::uintptr_t>(variable) < bytes;
+  };
+  return inside(&current_thread_index, sizeof current_thread_index) ||
+         inside(&current_block_index, sizeof current_block_index) ||
+         inside(&current_block_shape, sizeof current_block_shape) ||
+         inside(&current_grid_shape, sizeof current_grid_shape);
 }
 
 /// The last thread has arrived (or the last that was still missing has left the kernel): everybody goes on.
@@ -148,9 +152,7 @@ void release_barrier(Worker& worker) {
   worker.last_barrier = ++worker.clock;
   worker.at_barrier = 0;
   ++worker.events.barriers;
-  for (Warp& warp : worker.warps) {
-    if (worker.launch->profile) warp.log.flush(worker.lines);
-  }
+  if (worker.launch->profile) flush_access_logs(worker);
   for (Thread& thread : worker.threads) {
     if (thread.state != ThreadState::at_barrier) continue;
     thread.clock = worker.clock;
@@ -181,9 +183,7 @@ void Worker::run(Launch& the_launch) {
     start_block(*this, nth_block(*launch, n));
     checking_worker = launch->check ? this : nullptr;
     run_next(*this, main_context);
-    if (launch->profile) {
-      for (Warp& warp : warps) warp.log.flush(lines);
-    }
+    if (launch->profile) flush_access_logs(*this);
   }
   current_worker = nullptr;
 }

@@ -83,13 +83,13 @@ KATA_DEVICE_FUNCTION int __all_sync(unsigned mask, int predicate) {
   return flashkata::virtual_gpu::ballot(mask, predicate == 0) == 0;
 }
 
-#define KATA_ATOMIC(cuda_name, operation, type)                                                           \
-  KATA_DEVICE_FUNCTION type cuda_name(type* address, type value) {                                        \
+#define KATA_ATOMIC(cuda_name, operation, type)                                                                       \
+  KATA_DEVICE_FUNCTION type cuda_name(type* address, type value) {                                                    \
     return flashkata::virtual_gpu::atomic_update(flashkata::virtual_gpu::AtomicOperation::operation, address, value); \
   }
-#define KATA_INTEGER_ATOMIC(cuda_name, operation)                  \
-  KATA_ATOMIC(cuda_name, operation, int)                           \
-  KATA_ATOMIC(cuda_name, operation, unsigned)                      \
+#define KATA_INTEGER_ATOMIC(cuda_name, operation) \
+  KATA_ATOMIC(cuda_name, operation, int)          \
+  KATA_ATOMIC(cuda_name, operation, unsigned)     \
   KATA_ATOMIC(cuda_name, operation, unsigned long long)
 KATA_INTEGER_ATOMIC(atomicAdd, add)
 KATA_INTEGER_ATOMIC(atomicMin, min)
@@ -116,7 +116,7 @@ KATA_DEVICE_FUNCTION T __ldg(const T* address) {
 
 // The C library declares some of these names for itself, hence macros.
 #define __expf(x) ::flashkata::virtual_gpu::fast_exp(x)
-#define __exp10f(x) ::flashkata::virtual_gpu::fast_exp((x) * 2.30258509299404568402f)
+#define __exp10f(x) ::flashkata::virtual_gpu::fast_exp((x)*2.30258509299404568402f)
 #define __logf(x) ::flashkata::virtual_gpu::fast_log(x)
 #define __log2f(x) (::flashkata::virtual_gpu::fast_log(x) * 1.44269504088896340736f)
 #define __powf(x, y) (::powf((x), (y)))
@@ -137,7 +137,7 @@ KATA_DEVICE_FUNCTION int __popc(unsigned x) { return std::popcount(x); }
 KATA_DEVICE_FUNCTION int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 KATA_DEVICE_FUNCTION int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
 
-#define KATA_MIN_MAX(type)                                                         \
+#define KATA_MIN_MAX(type)                                                          \
   KATA_DEVICE_FUNCTION constexpr type min(type a, type b) { return b < a ? b : a; } \
   KATA_DEVICE_FUNCTION constexpr type max(type a, type b) { return a < b ? b : a; }
 KATA_MIN_MAX(int)

@@ -2,6 +2,7 @@
 
 #include <map>
 
+#include "common/virtual_gpu/warp_operation.hpp"
 #include "common/virtual_gpu/worker.hpp"
 
 namespace flashkata::virtual_gpu {
@@ -69,33 +70,61 @@ Site another_place(const Worker& worker, const Thread& thread) {
   return 0;
 }
 
+bool report_absent_lane(Worker& worker) {
+  const Thread* absent = nullptr;
+  const Thread* waiting = lane_waiting_for_absent_one(worker, &absent);
+  if (waiting == nullptr) return false;
+  if (worker.sightings.is_new(FindingKind::absent_lane, waiting->site)) {
+    worker.sightings.describe(
+        FindingKind::absent_lane, waiting->site, 0,
+        worker.in_block() + worker.thread_name(waiting->id) + " waits at " + waiting->waits_for +
+            " at {here} for lane " + std::to_string(absent->lane()) + " (" + worker.thread_name(absent->id) +
+            "), which the mask names but which has left the kernel; every lane of the mask has to "
+            "arrive. " +
+            who_waits_where(worker),
+        true);
+  }
+  return true;
+}
+
+/// Two lanes of which one names the other, at different warp functions or with different masks.
+bool report_disagreement(Worker& worker) {
+  for (const Thread& thread : worker.threads) {
+    if (thread.state != ThreadState::at_warp_operation) continue;
+    for (const Thread& other : worker.threads) {
+      if (other.state != ThreadState::at_warp_operation || other.warp() != thread.warp()) continue;
+      if ((thread.mask >> other.lane() & 1) == 0) continue;
+      if (other.operation == thread.operation && other.mask == thread.mask) continue;
+      if (worker.sightings.is_new(FindingKind::divergent_warp, thread.site, other.site)) {
+        worker.sightings.describe(FindingKind::divergent_warp, thread.site, other.site,
+                                  worker.in_block() + worker.thread_name(thread.id) + " waits at " + thread.waits_for +
+                                      " with mask " + mask_text(thread.mask) + " at {here} while " +
+                                      worker.thread_name(other.id) + " waits at " + other.waits_for + " with mask " +
+                                      mask_text(other.mask) +
+                                      " at {there}; all lanes that a mask names must call the same function with it",
+                                  true);
+      }
+      return true;
+    }
+  }
+  return false;
+}
+
+void report_circle(Worker& worker) {
+  const Thread& blocked = *any_waiting(worker);
+  const Site elsewhere = another_place(worker, blocked);
+  if (!worker.sightings.is_new(FindingKind::deadlock, blocked.site, elsewhere)) return;
+  worker.sightings.describe(FindingKind::deadlock, blocked.site, elsewhere,
+                            worker.in_block() + "nobody can go on: " + who_waits_where(worker) +
+                                "; they wait for each other at different places",
+                            true);
+}
+
 }  // namespace
 
 void report_deadlock(Worker& worker) {
-  {
-    const HooksOff hooks_off;
-    const Thread* absent = nullptr;
-    if (const Thread* waiting = lane_waiting_for_absent_one(worker, &absent)) {
-      if (worker.sightings.is_new(FindingKind::absent_lane, waiting->site)) {
-        worker.sightings.describe(FindingKind::absent_lane, waiting->site, 0,
-                                  worker.in_block() + worker.thread_name(waiting->id) + " waits at " +
-                                      waiting->waits_for + " at {here} for lane " + std::to_string(absent->lane()) +
-                                      " (" + worker.thread_name(absent->id) +
-                                      "), which is in the mask but has left the kernel; every lane that the mask names "
-                                      "has to arrive. " + who_waits_where(worker),
-                                  true);
-      }
-    } else {
-      const Thread& waiting = *any_waiting(worker);
-      const Site elsewhere = another_place(worker, waiting);
-      if (worker.sightings.is_new(FindingKind::deadlock, waiting.site, elsewhere)) {
-        worker.sightings.describe(FindingKind::deadlock, waiting.site, elsewhere,
-                                  worker.in_block() + "nobody can go on: " + who_waits_where(worker) +
-                                      "; they wait for each other at different places",
-                                  true);
-      }
-    }
-  }
+  const HooksOff hooks_off;
+  if (!report_absent_lane(worker) && !report_disagreement(worker)) report_circle(worker);
   worker.abandon();
 }
 

@@ -7,14 +7,20 @@
 
 namespace flashkata::virtual_gpu {
 
-// Each of these takes the line of its caller from its return address, so none may be inlined into the kernel.
+// Each of these takes the line of its caller from its return address, so none may be inlined into the kernel, and two
+// calls in two branches may not become one.
+#ifdef __clang__
+#define KATA_NOT_MERGED __attribute__((nomerge))
+#else
+#define KATA_NOT_MERGED
+#endif
 
-void sync_threads();
-void sync_warp(std::uint32_t mask);
+KATA_NOT_MERGED void sync_threads();
+KATA_NOT_MERGED void sync_warp(std::uint32_t mask);
 
 enum class Shuffle { index, exclusive_or, down, up };
-std::uint64_t shuffle(Shuffle kind, std::uint32_t mask, std::uint64_t value, int argument, int width);
-std::uint32_t ballot(std::uint32_t mask, bool predicate);
+KATA_NOT_MERGED std::uint64_t shuffle(Shuffle kind, std::uint32_t mask, std::uint64_t value, int argument, int width);
+KATA_NOT_MERGED std::uint32_t ballot(std::uint32_t mask, bool predicate);
 
 /// Orders this thread's writes before its next atomic operation, as seen by other blocks.
 void thread_fence();
@@ -28,16 +34,16 @@ unsigned long long atomic_update(AtomicOperation operation, unsigned long long* 
 int atomic_compare_and_swap(int* address, int expected, int desired);
 unsigned atomic_compare_and_swap(unsigned* address, unsigned expected, unsigned desired);
 
-/// Start of the block's dynamic shared memory.
-void* dynamic_shared_memory();
+/// Start of the block's dynamic shared memory; findings count it in elements of this size.
+void* dynamic_shared_memory(std::size_t element_bytes);
 
 enum class HalfKind { fp16, bf16 };
 /// d = a b + c for one warp: a [16, 16], b [16, 8], c and d [16, 8]; fragments as in PTX mma.m16n8k16.
-void mma_m16n8k16(HalfKind kind, float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
-                  const float (&c)[4]);
+KATA_NOT_MERGED void mma_m16n8k16(HalfKind kind, float (&d)[4], const std::uint32_t (&a)[4],
+                                  const std::uint32_t (&b)[2], const float (&c)[4]);
 
 /// PTX ldmatrix: `matrices` (2 or 4) matrices of 8 x 8 16-bit elements; lane l gives the address of row l.
-void load_matrix(std::uint32_t* fragment, const void* row, int matrices, bool transposed);
+KATA_NOT_MERGED void load_matrix(std::uint32_t* fragment, const void* row, int matrices, bool transposed);
 
 /// PTX cp.async: copies source_bytes and fills up to `bytes` (4, 8 or 16) with zeros. It lands when it is waited for.
 void copy_async(void* shared_destination, const void* global_source, int bytes, int source_bytes);

@@ -130,7 +130,7 @@ const Buffer* nearest_buffer(std::uintptr_t address) {
   std::uintptr_t least = UINTPTR_MAX;
   for (const Buffer* buffer : live_buffers) {
     if (buffer == nullptr) continue;
-    const std::uintptr_t distance = address < buffer->begin ? buffer->begin - address
+    const std::uintptr_t distance = address < buffer->begin  ? buffer->begin - address
                                     : address >= buffer->end ? address - buffer->end
                                                              : 0;
     if (distance < least) {

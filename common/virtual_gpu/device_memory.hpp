@@ -28,8 +28,8 @@ struct Buffer {
   std::size_t granule_bytes = 4;  // of the shadow: at most one element, at most 4 bytes
   std::size_t number = 0;         // small, unique among the live buffers
   bool released = false;
-  GlobalCell* cells = nullptr;              // one per granule; null in a fast program
-  unsigned char* initialised = nullptr;     // one per granule
+  GlobalCell* cells = nullptr;           // one per granule; null in a fast program
+  unsigned char* initialised = nullptr;  // one per granule
   std::uintptr_t first_slot = 0;
   std::uintptr_t slots = 0;
 

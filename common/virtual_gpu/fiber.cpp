@@ -16,8 +16,8 @@ void StackArena::resize(std::size_t threads, std::size_t stack_bytes) {
   begin_ = 0;
   threads_ = threads;
   stack_bytes_ = stack_bytes;
-  void* memory = mmap(nullptr, threads_ * pitch(), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, threads_ * pitch(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   begin_ = reinterpret_cast<std::uintptr_t>(memory);
   for (std::size_t thread = 0; thread < threads_; ++thread) {

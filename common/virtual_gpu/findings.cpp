@@ -6,22 +6,38 @@ namespace flashkata {
 
 std::string_view to_text(FindingKind kind) {
   switch (kind) {
-    case FindingKind::shared_race: return "shared-memory race";
-    case FindingKind::global_race: return "global-memory race";
-    case FindingKind::out_of_bounds: return "out of bounds";
-    case FindingKind::uninitialised_read: return "uninitialised read";
-    case FindingKind::async_copy_not_waited: return "cp.async not waited for";
-    case FindingKind::divergent_barrier: return "divergent barrier";
-    case FindingKind::barrier_after_exit: return "barrier after exit";
-    case FindingKind::deadlock: return "deadlock";
-    case FindingKind::absent_lane: return "absent lane";
-    case FindingKind::divergent_warp: return "divergent warp";
-    case FindingKind::misaligned_access: return "misaligned access";
-    case FindingKind::dynamic_shared_too_small: return "too little dynamic shared memory";
-    case FindingKind::stack_overflow: return "stack overflow";
-    case FindingKind::use_after_free: return "use after free";
-    case FindingKind::wrong_memory: return "wrong kind of memory";
-    case FindingKind::crash: return "crash";
+    case FindingKind::shared_race:
+      return "shared-memory race";
+    case FindingKind::global_race:
+      return "global-memory race";
+    case FindingKind::out_of_bounds:
+      return "out of bounds";
+    case FindingKind::uninitialised_read:
+      return "uninitialised read";
+    case FindingKind::async_copy_not_waited:
+      return "cp.async not waited for";
+    case FindingKind::divergent_barrier:
+      return "divergent barrier";
+    case FindingKind::barrier_after_exit:
+      return "barrier after exit";
+    case FindingKind::deadlock:
+      return "deadlock";
+    case FindingKind::absent_lane:
+      return "absent lane";
+    case FindingKind::divergent_warp:
+      return "divergent warp";
+    case FindingKind::misaligned_access:
+      return "misaligned access";
+    case FindingKind::dynamic_shared_too_small:
+      return "too little dynamic shared memory";
+    case FindingKind::stack_overflow:
+      return "stack overflow";
+    case FindingKind::use_after_free:
+      return "use after free";
+    case FindingKind::wrong_memory:
+      return "wrong kind of memory";
+    case FindingKind::crash:
+      return "crash";
   }
   return "finding";
 }

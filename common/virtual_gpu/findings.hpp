@@ -9,22 +9,22 @@
 namespace flashkata {
 
 enum class FindingKind {
-  shared_race,             // two threads of a block, one shared address, one of them writes, no barrier between
-  global_race,             // the same for global memory, within a block or between blocks
-  out_of_bounds,           // outside a buffer, a shared array, a local array; or not device memory at all
-  uninitialised_read,      // shared memory not written in this block, or a buffer never written
-  async_copy_not_waited,   // shared memory read while a cp.async into it is in flight
-  divergent_barrier,       // threads of a block meet at different __syncthreads()
-  barrier_after_exit,      // threads wait at __syncthreads() after others have left the kernel
-  deadlock,                // nobody can run, somebody waits
-  absent_lane,             // a warp function names a lane that left, does not exist, or is not in the mask
-  divergent_warp,          // lanes of a warp meet at different warp functions, masks or source lines
-  misaligned_access,       // a vector, ldmatrix or cp.async address that is not a multiple of its size
+  shared_race,               // two threads of a block, one shared address, one of them writes, no barrier between
+  global_race,               // the same for global memory, within a block or between blocks
+  out_of_bounds,             // outside a buffer, a shared array, a local array; or not device memory at all
+  uninitialised_read,        // shared memory not written in this block, or a buffer never written
+  async_copy_not_waited,     // shared memory read while a cp.async into it is in flight
+  divergent_barrier,         // threads of a block meet at different __syncthreads()
+  barrier_after_exit,        // threads wait at __syncthreads() after others have left the kernel
+  deadlock,                  // nobody can run, somebody waits
+  absent_lane,               // a warp function names a lane that left, does not exist, or is not in the mask
+  divergent_warp,            // lanes of a warp meet at different warp functions, masks or source lines
+  misaligned_access,         // a vector, ldmatrix or cp.async address that is not a multiple of its size
   dynamic_shared_too_small,  // an access beyond the dynamic shared memory that the launch asked for
-  stack_overflow,          // the local variables of a thread need more than its stack
-  use_after_free,          // a buffer that the host has released
-  wrong_memory,            // ldmatrix or cp.async on an address that is not in shared (or global) memory
-  crash,                   // the kernel ran into a signal, for example a division by zero
+  stack_overflow,            // the local variables of a thread need more than its stack
+  use_after_free,            // a buffer that the host has released
+  wrong_memory,              // ldmatrix or cp.async on an address that is not in shared (or global) memory
+  crash,                     // the kernel ran into a signal, for example a division by zero
 };
 
 /// "shared-memory race"

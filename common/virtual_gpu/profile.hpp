@@ -14,8 +14,8 @@ namespace flashkata {
 /// What moved between a kernel and one buffer, in bytes.
 struct TensorTraffic {
   std::string name;
-  std::int64_t bytes = 0;         // size of the buffer
-  std::int64_t loaded = 0;        // cp.async included
+  std::int64_t bytes = 0;   // size of the buffer
+  std::int64_t loaded = 0;  // cp.async included
   std::int64_t stored = 0;
   std::int64_t atomic = 0;
   std::int64_t least_loaded = 0;  // different bytes loaded: no kernel that needs them can load less
@@ -37,7 +37,9 @@ struct LineProfile {
   std::int64_t transactions = 0;
   std::int64_t least_transactions = 0;  // for the same bytes, lying side by side
 
-  double per_request() const { return requests == 0 ? 0.0 : static_cast<double>(transactions) / static_cast<double>(requests); }
+  double per_request() const {
+    return requests == 0 ? 0.0 : static_cast<double>(transactions) / static_cast<double>(requests);
+  }
   double least_per_request() const {
     return requests == 0 ? 0.0 : static_cast<double>(least_transactions) / static_cast<double>(requests);
   }
@@ -46,12 +48,12 @@ struct LineProfile {
 /// Events, summed over all threads that took part, except for the barriers: those count once for each block.
 struct EventCounts {
   std::int64_t barriers = 0;
-  std::int64_t warp_barriers = 0;     // __syncwarp, once for each warp
-  std::int64_t shuffles = 0;          // shuffles and votes, once for each warp
-  std::int64_t matrix_products = 0;   // mma_m16n8k16, once for each warp
-  std::int64_t matrix_loads = 0;      // ldmatrix, once for each warp
-  std::int64_t copy_groups = 0;       // non-empty cp.async groups, once for each thread
-  std::int64_t overlapped_groups = 0; // of these, groups whose thread did other work before it waited for them
+  std::int64_t warp_barriers = 0;      // __syncwarp, once for each warp
+  std::int64_t shuffles = 0;           // shuffles and votes, once for each warp
+  std::int64_t matrix_products = 0;    // mma_m16n8k16, once for each warp
+  std::int64_t matrix_loads = 0;       // ldmatrix, once for each warp
+  std::int64_t copy_groups = 0;        // non-empty cp.async groups, once for each thread
+  std::int64_t overlapped_groups = 0;  // of these, groups whose thread did other work before it waited for them
 
   EventCounts& operator+=(const EventCounts& other);
 };

@@ -3,7 +3,6 @@
 
 #include <bit>
 #include <cstdint>
-#include <random>
 #include <utility>
 #include <vector>
 
@@ -18,7 +17,7 @@ class ReadyQueue {
     if (ring_.size() < capacity) ring_.resize(std::bit_ceil(capacity));
     first_ = count_ = 0;
     random_ = seed != 0;
-    if (random_) generator_.seed(seed);
+    state_ = seed;
   }
 
   bool empty() const { return count_ == 0; }
@@ -29,21 +28,27 @@ class ReadyQueue {
   }
 
   Thread* pop() {
-    if (random_) std::swap(ring_[first_], ring_[(first_ + generator_() % count_) & (ring_.size() - 1)]);
+    if (random_) std::swap(ring_[first_], ring_[(first_ + random() % count_) & (ring_.size() - 1)]);
     Thread* thread = ring_[first_];
     first_ = (first_ + 1) & (ring_.size() - 1);
     --count_;
     return thread;
   }
 
-  bool is_random() const { return random_; }
-
  private:
+  /// SplitMix64 (Steele, Lea, Flood 2014).
+  std::uint64_t random() {
+    std::uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+
   std::vector<Thread*> ring_;  // its size is a power of two
   std::size_t first_ = 0;
   std::size_t count_ = 0;
   bool random_ = false;
-  std::mt19937_64 generator_;
+  std::uint64_t state_ = 0;
 };
 
 }  // namespace flashkata::virtual_gpu

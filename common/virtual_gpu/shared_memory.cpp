@@ -68,12 +68,9 @@ void SharedMemory::clear_shadow() {
 std::string SharedMemory::name(std::uintptr_t address, std::size_t bytes) const {
   if (is_dynamic(address)) {
     const std::int64_t offset = dynamic_offset(address);
-    const auto size = static_cast<std::int64_t>(bytes);
-    std::string text = "byte " + std::to_string(offset) + " of dynamic shared memory";
-    if (size > 1 && offset % size == 0) {
-      text += " (element " + std::to_string(offset / size) + " if elements have " + std::to_string(size) + " bytes)";
-    }
-    return text;
+    const auto size = static_cast<std::int64_t>(dynamic_element_bytes_);
+    return "element " + std::to_string(offset / size) + " of dynamic shared memory (elements of " +
+           std::to_string(size) + " bytes)";
   }
   const std::size_t offset = address - static_begin_;
   const std::uint16_t array = array_of_granule_[offset / SHARED_GRANULE_BYTES];

@@ -32,6 +32,7 @@ class SharedMemory {
   /// Fills everything with NaN: nothing survives from the block before.
   void poison() const;
 
+  void set_dynamic_element_bytes(std::size_t bytes) { dynamic_element_bytes_ = bytes; }
   void* dynamic_memory() const { return reinterpret_cast<void*>(dynamic_begin_); }
 
   bool is_static(std::uintptr_t address) const { return address - static_begin_ < static_bytes_; }
@@ -42,7 +43,8 @@ class SharedMemory {
   bool static_access_fits(std::uintptr_t address, std::size_t bytes) const {
     const std::uintptr_t granule = (address - static_begin_) / SHARED_GRANULE_BYTES;
     return array_of_granule_[granule] != 0 &&
-           array_of_granule_[granule] == array_of_granule_[(address + bytes - 1 - static_begin_) / SHARED_GRANULE_BYTES];
+           array_of_granule_[granule] ==
+               array_of_granule_[(address + bytes - 1 - static_begin_) / SHARED_GRANULE_BYTES];
   }
   bool dynamic_access_fits(std::uintptr_t address, std::size_t bytes) const {
     return address >= dynamic_begin_ && address + bytes <= dynamic_begin_ + dynamic_bytes_;
@@ -57,11 +59,13 @@ class SharedMemory {
   /// Forget all stamps: before their clock, of which they hold a few bits, repeats.
   void clear_shadow();
 
-  /// "k_smem[3][5]", "byte 1280 of dynamic shared memory"; `bytes` is the size of the access.
+  /// "k_smem[3][5]", "element 320 of dynamic shared memory"; `bytes` is the size of the access.
   std::string name(std::uintptr_t address, std::size_t bytes) const;
 
   std::size_t dynamic_bytes() const { return dynamic_bytes_; }
-  std::int64_t dynamic_offset(std::uintptr_t address) const { return static_cast<std::int64_t>(address - dynamic_begin_); }
+  std::int64_t dynamic_offset(std::uintptr_t address) const {
+    return static_cast<std::int64_t>(address - dynamic_begin_);
+  }
 
  private:
   static constexpr std::size_t GUARD_BYTES = 64 * 1024;
@@ -70,6 +74,7 @@ class SharedMemory {
   std::uintptr_t region_begin_ = 0;  // guard, memory, guard; the dynamic memory ends at the second guard
   std::uintptr_t dynamic_begin_ = 0;
   std::size_t dynamic_bytes_ = 0;
+  std::size_t dynamic_element_bytes_ = 1;
   std::uintptr_t static_begin_ = 0;
   std::size_t static_bytes_ = 0;
   std::vector<std::uint16_t> array_of_granule_;  // 1 + index in shared_symbols(); 0 for none

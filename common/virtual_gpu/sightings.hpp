@@ -40,6 +40,6 @@ class Sightings {
 };
 
 /// Adds what the OS threads saw during one launch to the list that take_findings() gives away.
-void publish(const std::vector<const Sightings*>& seen, const std::string& kernel);
+void publish(const std::vector<const Sightings*>& seen, const void* kernel);
 
 }  // namespace flashkata::virtual_gpu

@@ -208,7 +208,8 @@ void prefetch_lines(const std::vector<Site>& sites) {
   constexpr std::size_t AT_ONCE = 2000;
   for (std::size_t start = 0; start < unknown.size(); start += AT_ONCE) {
     const std::size_t stop = std::min(unknown.size(), start + AT_ONCE);
-    ask_addr2line({unknown.begin() + static_cast<std::ptrdiff_t>(start), unknown.begin() + static_cast<std::ptrdiff_t>(stop)});
+    ask_addr2line(
+        {unknown.begin() + static_cast<std::ptrdiff_t>(start), unknown.begin() + static_cast<std::ptrdiff_t>(stop)});
   }
 }
 
@@ -217,12 +218,12 @@ std::string function_name(const void* function) {
   for (const Function& candidate : program_symbols().functions) {
     if (candidate.offset != offset) continue;
     std::string name = demangled(candidate.mangled);
-    // Drop the parameters, then everything up to the last "::" or the return type that precedes a template's name.
+    // Drop parameters and template arguments, then the namespaces and the return type.
     const std::size_t anonymous = name.find("(anonymous namespace)::");
     if (anonymous != std::string::npos) name = name.substr(anonymous + 23);
     name = name.substr(0, name.find('('));
-    const std::size_t angle = name.find('<');
-    const std::size_t start = name.find_last_of(" :", angle);
+    name = name.substr(0, name.find('<'));
+    const std::size_t start = name.find_last_of(" :");
     return start == std::string::npos ? name : name.substr(start + 1);
   }
   return "kernel";
@@ -232,8 +233,7 @@ const std::vector<SharedSymbol>& shared_symbols() { return program_symbols().sha
 
 std::uintptr_t thread_local_begin() {
   std::uintptr_t result = 0;
-  visit_program(
-      [&](const dl_phdr_info& info) { result = reinterpret_cast<std::uintptr_t>(info.dlpi_tls_data); });
+  visit_program([&](const dl_phdr_info& info) { result = reinterpret_cast<std::uintptr_t>(info.dlpi_tls_data); });
   return result;
 }
 

@@ -8,7 +8,6 @@
 #include "common/virtual_gpu/device_calls.hpp"
 
 namespace flashkata::virtual_gpu {
-namespace {
 
 std::string mask_text(std::uint32_t mask) {
   char text[16];
@@ -16,88 +15,57 @@ std::string mask_text(std::uint32_t mask) {
   return text;
 }
 
-[[noreturn]] void report_bad_mask(Worker& worker, const Thread& thread, const std::string& why) {
-  {
-    const HooksOff hooks_off;
-    if (worker.sightings.is_new(FindingKind::absent_lane, thread.site)) {
-      worker.sightings.describe(FindingKind::absent_lane, thread.site, 0,
-                                worker.thread_and_block(thread.id) + " calls " + thread.waits_for + " at {here} " + why,
-                                true);
-    }
-  }
-  worker.abandon();
-}
+namespace {
 
-std::string place_text(const Worker& worker, const Thread& thread, const char* placeholder) {
-  return worker.thread_name(thread.id) + " waits at " + thread.waits_for + " with mask " + mask_text(thread.mask) +
-         " at " + placeholder;
-}
-
-/// All lanes of the mask have arrived somewhere: at the same operation, with the same mask, from the same line?
-void check_agreement(Worker& worker, const Thread& last, const Thread& other) {
-  const bool agree = other.operation == last.operation && other.mask == last.mask;
-  if (agree && (other.site == last.site || !worker.launch->check)) return;
+void report_different_lines(Worker& worker, const Thread& last, const Thread& other) {
   const HooksOff hooks_off;
-  if (worker.sightings.is_new(FindingKind::divergent_warp, last.site, other.site)) {
-    const std::string advice = agree ? "; lanes that meet should come from the same line, or the result depends on how "
-                                       "the hardware happens to reunite them"
-                                     : "; all lanes that the mask names must call the same function with the same mask";
-    worker.sightings.describe(FindingKind::divergent_warp, last.site, other.site,
-                              worker.in_block() + place_text(worker, last, "{here}") + " while " +
-                                  place_text(worker, other, "{there}") + advice,
-                              !agree);
-  }
-  if (!agree) worker.abandon();
-}
-
-void complete(Worker& worker, Warp& warp, const Thread& last) {
-  const std::size_t first_thread = static_cast<std::size_t>(last.warp()) * 32;
-  Thread* lanes = &worker.threads[first_thread];
-  void* arguments[32];
-  for (std::uint32_t rest = last.mask; rest != 0; rest &= rest - 1) {
-    const int lane = std::countr_zero(rest);
-    if (lanes[lane].operation != last.operation || lanes[lane].mask != last.mask || lanes[lane].site != last.site) {
-      check_agreement(worker, last, lanes[lane]);
-    }
-    arguments[lane] = lanes[lane].argument;
-  }
-  last.operation(worker, arguments, last.mask);
-  warp.waiting &= ~last.mask;
-  if (worker.launch->profile && std::popcount(last.mask) == 32) warp.log.flush(worker.lines);
-  for (std::uint32_t rest = last.mask; rest != 0; rest &= rest - 1) {
-    make_ready(worker, lanes[std::countr_zero(rest)]);
-  }
+  if (!worker.sightings.is_new(FindingKind::divergent_warp, last.site, other.site)) return;
+  worker.sightings.describe(FindingKind::divergent_warp, last.site, other.site,
+                            worker.in_block() + worker.thread_name(last.id) + " calls " + last.waits_for +
+                                " at {here} and meets " + worker.thread_name(other.id) +
+                                " there, which comes from {there}; lanes that meet should come from the same line, or "
+                                "the result depends on how the hardware happens to reunite them");
 }
 
 }  // namespace
 
-void join_warp_operation(WarpOperation operation, const char* name, std::uint32_t mask, void* argument, Site site,
-                         bool whole_warp) {
-  Worker& worker = *current_worker;
-  Thread& thread = *worker.current;
-  Warp& warp = worker.warp_of(thread);
-  thread.waits_for = name;
-  thread.site = site;
-  ++thread.work;
-
-  const auto existing = static_cast<int>(worker.threads.size()) - thread.warp() * 32;
-  if (existing < 32) {
-    if (whole_warp) report_bad_mask(worker, thread, "but its warp has only " + std::to_string(existing) +
-                                                        " threads; all 32 lanes have to take part");
-    mask &= (1u << existing) - 1;
+void report_bad_mask(Worker& worker, const Thread& thread, BadMask what, std::uint32_t mask) {
+  const HooksOff hooks_off;
+  if (worker.sightings.is_new(FindingKind::absent_lane, thread.site)) {
+    const std::size_t existing = worker.threads.size() - static_cast<std::size_t>(thread.warp()) * 32;
+    const std::string why =
+        what == BadMask::partial_warp
+            ? "but its warp has only " + std::to_string(existing) + " threads; all 32 lanes have to take part"
+            : "with the mask " + mask_text(mask) + ", which does not name lane " + std::to_string(thread.lane()) +
+                  " itself";
+    worker.sightings.describe(FindingKind::absent_lane, thread.site, 0,
+                              worker.thread_and_block(thread.id) + " calls " + thread.waits_for + " at {here} " + why,
+                              true);
   }
-  if ((mask >> thread.lane() & 1) == 0) {
-    report_bad_mask(worker, thread, "with the mask " + mask_text(mask) + ", which does not name lane " +
-                                        std::to_string(thread.lane()) + " itself");
-  }
+  worker.abandon();
+}
 
-  thread.state = ThreadState::at_warp_operation;
-  thread.operation = operation;
-  thread.mask = mask;
-  thread.argument = argument;
-  warp.waiting |= 1u << thread.lane();
-  if ((warp.waiting & mask) == mask) complete(worker, warp, thread);
-  run_next(worker, thread.context);
+void complete_if_agreed(Worker& worker, Warp& warp, const Thread& last) {
+  Thread* lanes = &worker.threads[static_cast<std::size_t>(last.warp()) * 32];
+  void* arguments[32];
+  const Thread* from_elsewhere = nullptr;
+  for (std::uint32_t rest = last.mask; rest != 0; rest &= rest - 1) {
+    const int lane = std::countr_zero(rest);
+    if (lanes[lane].operation != last.operation || lanes[lane].mask != last.mask) return;
+    if (lanes[lane].site != last.site) from_elsewhere = &lanes[lane];
+    arguments[lane] = lanes[lane].argument;
+  }
+  if (from_elsewhere != nullptr && worker.launch->check) report_different_lines(worker, last, *from_elsewhere);
+
+  last.operation(worker, arguments, last.mask);
+  warp.waiting &= ~last.mask;
+  if (worker.launch->profile && std::popcount(last.mask) == 32) {
+    const HooksOff hooks_off;
+    warp.log.flush(worker.lines);
+  }
+  for (std::uint32_t rest = last.mask; rest != 0; rest &= rest - 1) {
+    make_ready(worker, lanes[std::countr_zero(rest)]);
+  }
 }
 
 // ---- __syncwarp ------------------------------------------------------------------------------------------------
@@ -201,20 +169,31 @@ int source_lane(Shuffle kind, int lane, int argument, int width) {
   const int first = lane & ~(width - 1);
   int source = lane;
   switch (kind) {
-    case Shuffle::index: return first | (argument & (width - 1));
-    case Shuffle::exclusive_or: source = lane ^ argument; return source < first + width ? source & 31 : lane;
-    case Shuffle::down: source = lane + argument; break;
-    case Shuffle::up: source = lane - argument; break;
+    case Shuffle::index:
+      return first | (argument & (width - 1));
+    case Shuffle::exclusive_or:
+      source = lane ^ argument;
+      return source < first + width ? source & 31 : lane;
+    case Shuffle::down:
+      source = lane + argument;
+      break;
+    case Shuffle::up:
+      source = lane - argument;
+      break;
   }
   return source >= first && source < first + width ? source : lane;
 }
 
 const char* shuffle_name(Shuffle kind) {
   switch (kind) {
-    case Shuffle::index: return "__shfl_sync()";
-    case Shuffle::exclusive_or: return "__shfl_xor_sync()";
-    case Shuffle::down: return "__shfl_down_sync()";
-    case Shuffle::up: return "__shfl_up_sync()";
+    case Shuffle::index:
+      return "__shfl_sync()";
+    case Shuffle::exclusive_or:
+      return "__shfl_xor_sync()";
+    case Shuffle::down:
+      return "__shfl_down_sync()";
+    case Shuffle::up:
+      return "__shfl_up_sync()";
   }
   return "";
 }

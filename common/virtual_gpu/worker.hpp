@@ -5,8 +5,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "common/virtual_gpu/access_log.hpp"
@@ -48,8 +48,8 @@ struct CopyInFlight {
 };
 
 struct CopyGroup {
-  std::size_t end;          // its copies are those before this position, and after the group before it
-  std::int64_t work_then;   // Thread::work at the commit
+  std::size_t end;         // its copies are those before this position, and after the group before it
+  std::int64_t work_then;  // Thread::work at the commit
 };
 
 enum class ThreadState : std::uint8_t { ready, at_barrier, at_warp_operation, done };
@@ -58,19 +58,19 @@ enum class ThreadState : std::uint8_t { ready, at_barrier, at_warp_operation, do
 struct Worker;
 using WarpOperation = void (*)(Worker& worker, void* const* arguments, std::uint32_t mask);
 
-/// A CUDA thread.
-struct Thread {
+/// A CUDA thread. What a switch touches lies in one line of the cache.
+struct alignas(64) Thread {
   Context context = nullptr;
-  int id = 0;  // x first, then y, then z
   uint3 index{};
+  int id = 0;  // x first, then y, then z
   ThreadState state = ThreadState::ready;
-  std::uint32_t clock = 0;  // of its last synchronisation
   bool fenced = false;      // has called __threadfence()
+  std::uint32_t clock = 0;  // of its last synchronisation
 
   // Where and for what it waits, or waited last.
-  const char* waits_for = "";
   Site site = 0;
   std::uint32_t mask = 0;
+  const char* waits_for = "";
   WarpOperation operation = nullptr;
   void* argument = nullptr;
 
@@ -115,6 +115,9 @@ struct Worker {
   std::uint32_t block_start = 0;
   std::uint32_t last_barrier = 0;
 
+  // Blocks whose writes this block may rely on, up to which clock reading; see global_shadow.hpp.
+  std::unordered_map<std::uint64_t, std::uint32_t> acquired;
+
   StackArena stacks;
   SharedMemory shared;
 
@@ -144,8 +147,8 @@ extern __thread Worker* current_worker;
 /// The same while a checked kernel's thread runs, null otherwise: what the memory hooks look at.
 extern __thread Worker* checking_worker;
 
-/// While the runtime describes a finding, templates that it shares with an instrumented kernel file (std::string's, say)
-/// must not call the hooks. No thread may be switched meanwhile.
+/// While the runtime describes a finding, templates that it shares with an instrumented kernel file (std::string's,
+/// say) must not call the hooks. No thread may be switched meanwhile.
 class HooksOff {
  public:
   HooksOff() : before_(checking_worker) { checking_worker = nullptr; }
@@ -157,13 +160,31 @@ class HooksOff {
   Worker* before_;
 };
 
+/// Is this one of threadIdx, blockIdx, blockDim, gridDim?
+bool is_builtin_variable(std::uintptr_t address);
+
 // The scheduler, block.cpp.
 
-/// Leaves the current thread, which waits for something, for the next one that is ready.
-void run_next(Worker& worker, Context& here);
-void make_ready(Worker& worker, Thread& thread);
+/// threadIdx of the running thread.
+extern __thread uint3 current_thread_index __asm__("flashkata_thread_index");
+
 /// Nobody is ready and somebody waits: says who waits where, and gives up.
 [[noreturn]] void report_deadlock(Worker& worker);
+
+inline void make_ready(Worker& worker, Thread& thread) {
+  thread.state = ThreadState::ready;
+  worker.ready.push(&thread);
+}
+
+/// Leaves the current thread, which waits for something, for the next one that is ready. Inlined, as is whatever calls
+/// it on a kernel's behalf: the processor mispredicts each return that follows a switch of stacks.
+__attribute__((always_inline)) inline void run_next(Worker& worker, Context& here) {
+  if (worker.ready.empty()) report_deadlock(worker);
+  Thread* next = worker.ready.pop();
+  worker.current = next;
+  current_thread_index = next->index;
+  if (&next->context != &here) switch_context(here, next->context);
+}
 
 /// Has `thread` synchronised with the author of a stamp since it was made?
 inline bool is_ordered(const Worker& worker, const Thread& thread, int author, std::uint32_t clock) {
