@@ -6,9 +6,13 @@ set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
 option(KATA_WERROR "Treat warnings as errors (continuous integration does)" OFF)
 
 add_library(kata_compiler INTERFACE)
-target_compile_options(kata_compiler INTERFACE -Wall -Wextra $<$<BOOL:${KATA_WERROR}>:-Werror>
-                                               -fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=
-                                               -fmacro-prefix-map=${KATA_ANSWERS}/=)
+set(kata_warnings -Wall -Wextra $<$<BOOL:${KATA_WERROR}>:-Werror>
+                  -fmacro-prefix-map=${CMAKE_SOURCE_DIR}/= -fmacro-prefix-map=${KATA_ANSWERS}/=)
+target_compile_options(kata_compiler INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${kata_warnings}>")
+if(KATA_GPU STREQUAL "cuda")
+  target_compile_options(kata_compiler INTERFACE
+    "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra;-Xcompiler=-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=;-Xcompiler=-fmacro-prefix-map=${KATA_ANSWERS}/=>")
+endif()
 target_include_directories(kata_compiler INTERFACE ${CMAKE_SOURCE_DIR})
 if(KATA_SANITIZE)
   target_compile_options(kata_compiler INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -11,6 +11,7 @@
 #   phase1.02_attention         the student's file, compiled (an object library)
 #   phase1.02_attention_suite   02_attention/attention_test.cpp, compiled
 #   phase1.02_attention_test    the two, linked; every TEST_CASE becomes a ctest test, labelled phase1
+#   ..._check                   of a cuda step on the virtual GPU: the same with every memory access of the kernels watched
 # write_course() then writes build/<preset>/course.json, which is all that the kata program knows of the course.
 include_guard()
 
@@ -48,14 +49,13 @@ function(add_exercise folder)
     endif()
   endforeach()
 
-  add_library(${label} OBJECT ${answers})
-  target_include_directories(${label} PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/${folder})
-  target_link_libraries(${label} PUBLIC flashkata_attention)
-  target_compile_options(${label} PRIVATE -Wno-unused-parameter)  # a stub uses none of them yet
-  target_precompile_headers(${label} REUSE_FROM kata_answer_headers)
-  foreach(need IN LISTS STEP_NEEDS)
-    target_include_directories(${label} PUBLIC $<TARGET_PROPERTY:${need},INTERFACE_INCLUDE_DIRECTORIES>)
-  endforeach()
+  if(STEP_KIND STREQUAL "cuda")
+    kata_add_kernel_library(${label} MODE fast SOURCES ${answers})
+  else()
+    add_library(${label} OBJECT ${answers})
+    target_precompile_headers(${label} REUSE_FROM kata_answer_headers)
+  endif()
+  kata_configure_answer(${label} ${folder} "${STEP_NEEDS}")
 
   list(GET STEP_FILES 0 file)
   configure_file(${CMAKE_SOURCE_DIR}/cmake/step.cpp.in ${folder}/step.cpp @ONLY)
@@ -64,14 +64,22 @@ function(add_exercise folder)
   target_include_directories(${label}_suite PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/${folder})
   target_link_libraries(${label}_suite PUBLIC flashkata_testing)
   target_precompile_headers(${label}_suite REUSE_FROM kata_suite_headers)
+  if(STEP_KIND STREQUAL "cuda")
+    target_link_libraries(${label}_suite PUBLIC flashkata_kernel_testing)
+  endif()
+  kata_add_suite(${label}_test ${folder} phase${phase} ${label} ${STEP_NEEDS} ${label}_suite)
 
-  add_executable(${label}_test)
-  set_target_properties(${label}_test PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${folder})
-  target_link_libraries(${label}_test PRIVATE ${label} ${STEP_NEEDS} ${label}_suite)
-  doctest_discover_tests(${label}_test TEST_PREFIX "${label}/" PROPERTIES LABELS phase${phase} TIMEOUT 60)
+  set(check "")
+  if(STEP_KIND STREQUAL "cuda" AND KATA_GPU STREQUAL "virtual")
+    kata_add_kernel_library(${label}_checked MODE checked SOURCES ${answers})
+    kata_configure_answer(${label}_checked ${folder} "${STEP_NEEDS}")
+    kata_add_suite(${label}_check ${folder} phase${phase} ${label}_checked ${STEP_NEEDS} ${label}_suite)
+    set(check "${CMAKE_CURRENT_BINARY_DIR}/${folder}/${label}_check")
+  endif()
 
   set_property(GLOBAL APPEND PROPERTY KATA_LABELS ${label})
   set_property(GLOBAL PROPERTY KATA_PATH_${label} ${path})
+  set_property(GLOBAL PROPERTY KATA_KIND_${label} ${STEP_KIND})
   set_property(GLOBAL PROPERTY KATA_NEEDS_${label} ${STEP_NEEDS})
 
   list(TRANSFORM STEP_FILES REPLACE "(.+)" "\"\\1\"" OUTPUT_VARIABLE files_json)
@@ -81,7 +89,28 @@ function(add_exercise folder)
   set_property(GLOBAL APPEND PROPERTY KATA_STEPS "    { \"number\": \"${number}\", \"label\": \"${label}\", \
 \"phase\": ${phase}, \"phase_name\": \"${phase_name}\", \"name\": \"${name}\", \"folder\": \"${path}\", \
 \"idea\": \"${STEP_IDEA}\", \"kind\": \"${STEP_KIND}\", \"files\": [${files_json}], \"needs\": [${needs_json}], \
-\"target\": \"${label}_test\", \"test\": \"${CMAKE_CURRENT_BINARY_DIR}/${folder}/${label}_test\" }")
+\"target\": \"${label}_test\", \"test\": \"${CMAKE_CURRENT_BINARY_DIR}/${folder}/${label}_test\", \"check\": \"${check}\" }")
+endfunction()
+
+# What every compilation of a step's answer has: the step's folder, the headers of the steps it may call.
+function(kata_configure_answer target folder needs)
+  target_include_directories(${target} PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/${folder})
+  target_link_libraries(${target} PUBLIC flashkata_attention)
+  # A stub uses none of its parameters yet.
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wno-unused-parameter>)
+  foreach(need IN LISTS needs)
+    target_include_directories(${target} PUBLIC $<TARGET_PROPERTY:${need},INTERFACE_INCLUDE_DIRECTORIES>)
+  endforeach()
+endfunction()
+
+# An executable of a step's suite, and a ctest test for each of its test cases.
+function(kata_add_suite target folder phase)
+  add_executable(${target})
+  set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${folder})
+  target_link_libraries(${target} PRIVATE ${ARGN})
+  string(REGEX REPLACE "_test$" "" prefix ${target})
+  doctest_discover_tests(${target} TEST_PREFIX "${prefix}/"
+                         PROPERTIES LABELS ${phase} TIMEOUT 60 SKIP_REGULAR_EXPRESSION "\\[skipped\\]")
 endfunction()
 
 function(write_course)

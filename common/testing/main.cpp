@@ -1,4 +1,4 @@
-// The main() of every test executable: doctest with the course's reporter, and four options of our own.
+// The main() of every test executable: doctest with the course's reporter, and a few options of our own.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
@@ -8,12 +8,18 @@
 
 #include "common/testing/options.hpp"
 #include "common/testing/recognise.hpp"
+#include "common/testing/step.hpp"
 
 namespace flashkata::testing {
 namespace {
 
 int case_number = 0;
 std::string summary;
+
+Extension& extension() {
+  static Extension instance;
+  return instance;
+}
 
 // Takes "--name=value" out of `argument`.
 bool option(std::string_view argument, std::string_view name, std::string_view& value) {
@@ -23,6 +29,8 @@ bool option(std::string_view argument, std::string_view name, std::string_view& 
 }
 
 }  // namespace
+
+ExtendMain::ExtendMain(Extension added) { extension() = std::move(added); }
 
 int only_case() { return case_number; }
 const std::string& summary_file() { return summary; }
@@ -48,9 +56,19 @@ int main(int argc, char** argv) {
     } else if (std::string_view(argv[i]) == "--fingerprints") {
       print_fingerprints(std::cout, take_fingerprints());
       return 0;
+    } else if (extension().option) {
+      extension().option(argv[i]);
     }
   }
-  const int status = context.run();
-  if (context.shouldExit()) return status;  // it only listed
-  return status == 0 && !any_test_ran() ? 1 : status;
+  const bool lists_only = context.shouldExit();
+  const std::string why_skip = extension().why_skip && !lists_only ? extension().why_skip() : "";
+  if (!why_skip.empty()) {
+    std::cout << "[skipped] " << step.label << ": " << why_skip << '\n';
+    return 0;
+  }
+  int status = context.run();
+  if (context.shouldExit()) return status;
+  if (status == 0 && !any_test_ran()) status = 1;
+  if (extension().at_end) status += extension().at_end();
+  return status;
 }

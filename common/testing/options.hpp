@@ -1,7 +1,9 @@
 // What a test executable was asked for on its command line, beside doctest's own options.
 #pragma once
 
+#include <functional>
 #include <string>
+#include <string_view>
 
 namespace flashkata::testing {
 
@@ -10,6 +12,17 @@ int only_case();
 
 /// --summary=FILE: where the verdict goes as JSON, for programs. Empty: nowhere.
 const std::string& summary_file();
+
+/// What a library adds to main(), for example kernel.cpp for suites with kernels. Any of them may be empty.
+struct Extension {
+  std::function<std::string()> why_skip;         // why nothing can run here; empty if it can
+  std::function<bool(std::string_view)> option;  // takes an argument of the command line; false if it is not its own
+  std::function<int()> at_end;                   // after the run; what it returns is added to the exit code
+};
+/// At start-up, from a static object.
+struct ExtendMain {
+  explicit ExtendMain(Extension extension);
+};
 
 /// The reporter that prints failures as report.hpp shows them.
 const char* reporter_name();

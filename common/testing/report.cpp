@@ -38,6 +38,7 @@ struct Running {
   std::vector<int> other_cases;
   int current_case = 0;   // 0: outside run_case
   std::string missing;    // the file of a NotImplemented
+  std::string skipped;    // why
   bool ran_case = false;  // the one that --case asks for
 };
 Running running;
@@ -147,6 +148,11 @@ class KataReporter : public doctest::IReporter {
   void test_case_end(const doctest::CurrentTestCaseStats& stats) override {
     const bool failed = stats.failure_flags != 0;
     if (!failed && only_case() != 0 && !running.ran_case) return;  // this test has no such case
+    if (!failed && !running.skipped.empty()) {
+      verdicts_.push_back({test_name_, "skipped"});
+      std::cout << "[skipped] " << test_name_ << ": " << running.skipped << '\n';
+      return;
+    }
     verdicts_.push_back({test_name_, failed ? "failed" : "passed"});
     if (!failed) return;
     if (!running.missing.empty()) {
@@ -294,6 +300,8 @@ void finding(std::string_view name, const std::string& sentence) {
   }
   DOCTEST_ADD_FAIL_CHECK_AT(OUR_MESSAGE, 0, "");
 }
+
+void skip(const std::string& reason) { running.skipped = reason; }
 
 void ask(std::string_view question) { running.question = question; }
 

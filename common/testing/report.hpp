@@ -25,4 +25,7 @@ void ask(std::string_view question);
 /// `--case=number` runs it alone. Only the first input that fails is printed in full, the others by number.
 void run_case(int number, const std::string& sentence, const std::function<void()>& body);
 
+/// Marks the running test case as skipped, for `reason`; return from it afterwards. ctest counts it as skipped.
+void skip(const std::string& reason);
+
 }  // namespace flashkata::testing

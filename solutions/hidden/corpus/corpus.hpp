@@ -12,7 +12,8 @@ namespace flashkata::corpus {
 
 struct Answer {
   std::string_view name;
-  std::string_view mistake;  // the id that the suite must recognise (mistakes.cpp), or one of the two below
+  std::string_view mistake;  // the id that the suite must recognise (mistakes.cpp), what the checker must find, such
+                             // as "shared-memory race" (findings.hpp), or one of the two below
 };
 
 inline constexpr std::string_view RIGHT = "right";      // must pass

@@ -1,0 +1,137 @@
+#include "common/testing/kernel.hpp"
+
+#include <fstream>
+#include <iostream>
+#include <sstream>
+
+#include "common/testing/options.hpp"
+#include "common/testing/report.hpp"
+#include "common/virtual_gpu/findings.hpp"
+#include "common/virtual_gpu/json.hpp"
+#include "common/virtual_gpu/options.hpp"
+
+namespace flashkata::testing {
+namespace {
+
+std::string at(const LineProfile& line) { return line.file + ':' + std::to_string(line.line); }
+
+std::string times(double ratio) {
+  std::ostringstream text;
+  text.precision(2);
+  text << std::fixed << ratio;
+  return text.str();
+}
+
+// --findings and --profile hand over the whole run instead of judging each test case.
+bool show_findings = false;
+bool show_profile = false;
+std::string profile_file;  // --profile=FILE: as JSON
+
+bool take_option(std::string_view argument) {
+  constexpr std::string_view PROFILE = "--profile";
+  if (argument == "--findings") {
+    show_findings = true;
+  } else if (argument.substr(0, PROFILE.size()) == PROFILE) {
+    show_profile = true;
+    if (argument.size() > PROFILE.size()) profile_file = argument.substr(PROFILE.size() + 1);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+int show_at_end() {
+  if (show_profile) {
+    const std::vector<KernelProfile> profiles = take_profiles();
+    if (profile_file.empty()) {
+      print_profiles(std::cout, profiles);
+    } else {
+      std::ofstream file(profile_file);
+      file << nlohmann::json(profiles).dump(2) << '\n';
+      if (!file.flush()) std::cerr << "cannot write the profile to " << profile_file << '\n';
+    }
+  }
+  if (!show_findings) return 0;
+  const std::vector<Finding> findings = take_findings();
+  print_findings(std::cout, findings);
+  if (findings.empty()) std::cout << "no findings: no race, no stray access, no unfinished copy, no barrier missed\n";
+  return findings.empty() ? 0 : 1;
+}
+
+const ExtendMain extend_main({gpu_missing_reason, take_option, show_at_end});
+
+// A finding for each line of `space` that needs `limit` times the transactions of the best layout, or more.
+void expect_transactions_below(const std::vector<KernelProfile>& profiles, MemorySpace space, double limit,
+                               std::string_view name, const std::string& unit) {
+  for (const KernelProfile& profile : profiles) {
+    for (const LineProfile& line : profile.lines) {
+      if (line.space != space || line.least_transactions == 0) continue;
+      const double ratio = line.per_request() / line.least_per_request();
+      if (ratio < limit) continue;
+      finding(name, at(line) + ": each request takes " + times(line.per_request()) + ' ' + unit + " where " +
+                        times(line.least_per_request()) + " would do; allowed is less than " + times(limit) +
+                        " times that");
+    }
+  }
+}
+
+std::int64_t sum(const std::vector<KernelProfile>& profiles, std::string_view buffer,
+                 const std::function<std::int64_t(const TensorTraffic&)>& of) {
+  std::int64_t total = 0;
+  for (const KernelProfile& profile : profiles) {
+    if (const TensorTraffic* traffic = profile.tensor(std::string(buffer))) total += of(*traffic);
+  }
+  return total;
+}
+
+}  // namespace
+
+bool kernels_are_checked() {
+#if KATA_REAL_GPU
+  return false;
+#else
+  return virtual_gpu::has_checked_kernels();
+#endif
+}
+
+std::vector<KernelProfile> run_kernels(const std::function<void()>& launcher) {
+#if !KATA_REAL_GPU
+  virtual_gpu::options().profile = kernels_are_checked();
+#endif
+  if (!show_profile) take_profiles();
+  launcher();
+  synchronize();
+  if (show_findings || show_profile) return {};
+  for (const Finding& found : take_findings()) finding(to_text(found.kind), found.sentence);
+  return take_profiles();
+}
+
+std::int64_t bytes_loaded(const std::vector<KernelProfile>& profiles, std::string_view buffer) {
+  return sum(profiles, buffer, [](const TensorTraffic& traffic) { return traffic.loaded; });
+}
+
+std::int64_t bytes_stored(const std::vector<KernelProfile>& profiles, std::string_view buffer) {
+  return sum(profiles, buffer, [](const TensorTraffic& traffic) { return traffic.stored + traffic.atomic; });
+}
+
+void expect_bank_conflicts_below(const std::vector<KernelProfile>& profiles, double limit) {
+  expect_transactions_below(profiles, MemorySpace::shared, limit, "banks", "wavefronts");
+}
+
+void expect_sectors_below(const std::vector<KernelProfile>& profiles, double limit) {
+  expect_transactions_below(profiles, MemorySpace::global, limit, "coalescing", "sectors");
+}
+
+void expect_copies_overlapped(const std::vector<KernelProfile>& profiles, double share) {
+  std::int64_t groups = 0;
+  std::int64_t overlapped = 0;
+  for (const KernelProfile& profile : profiles) {
+    groups += profile.events.copy_groups;
+    overlapped += profile.events.overlapped_groups;
+  }
+  if (profiles.empty() || static_cast<double>(overlapped) >= share * static_cast<double>(groups)) return;
+  finding("overlap", std::to_string(overlapped) + " of " + std::to_string(groups) +
+                         " cp.async groups were in flight while their thread did something else");
+}
+
+}  // namespace flashkata::testing

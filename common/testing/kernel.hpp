@@ -1,0 +1,48 @@
+// Checks for kernels: what the virtual GPU finds becomes a failure, and a suite can assert how a kernel uses memory.
+//
+// A suite of a CUDA step is linked twice: with the kernels compiled for speed (..._test), where numbers are judged, and
+// with the kernels compiled for checking (..._check), where the same test cases run again with every memory access
+// watched. On a real GPU there is only the first; compute-sanitizer and ncu do what the second does here.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <string_view>
+
+#include "common/gpu/gpu.hpp"
+#include "common/testing/array.hpp"
+#include "common/virtual_gpu/profile.hpp"
+
+namespace flashkata::testing {
+
+/// True in the executable whose kernels are watched. Large inputs are for the other one.
+bool kernels_are_checked();
+
+/// Calls `launcher`, waits for the GPU, and adds every finding to the report of the running test case.
+/// Returns what the kernels did to memory; empty unless kernels_are_checked().
+std::vector<KernelProfile> run_kernels(const std::function<void()>& launcher);
+
+/// The bytes that `profiles` loaded from, or stored to (atomics included), the buffer of that name, all kernels
+/// together.
+std::int64_t bytes_loaded(const std::vector<KernelProfile>& profiles, std::string_view buffer);
+std::int64_t bytes_stored(const std::vector<KernelProfile>& profiles, std::string_view buffer);
+
+/// A shared-memory access of `limit` times the least possible wavefronts or more is a finding, with its line.
+void expect_bank_conflicts_below(const std::vector<KernelProfile>& profiles, double limit);
+
+/// The same for the sectors of global accesses.
+void expect_sectors_below(const std::vector<KernelProfile>& profiles, double limit);
+
+/// At least `share` (0 to 1) of the cp.async groups were in flight while their threads did something else.
+void expect_copies_overlapped(const std::vector<KernelProfile>& profiles, double share);
+
+/// What a buffer holds, row-major, as `shape`.
+template <typename T, std::size_t Rank>
+Array to_array(const DeviceBuffer<T>& buffer, const std::array<Index, Rank>& shape) {
+  Array array{{shape.begin(), shape.end()}, {}};
+  array.values.reserve(buffer.size());
+  for (const T value : buffer.download()) array.values.push_back(static_cast<double>(to_float(value)));
+  return array;
+}
+
+}  // namespace flashkata::testing
