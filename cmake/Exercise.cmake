@@ -74,6 +74,7 @@ function(add_exercise folder)
     kata_add_kernel_library(${label}_checked MODE checked SOURCES ${answers})
     kata_configure_answer(${label}_checked ${folder} "${STEP_NEEDS}")
     kata_add_suite(${label}_check ${folder} phase${phase} ${label}_checked ${STEP_NEEDS} ${label}_suite)
+    add_dependencies(${label}_test ${label}_check)  # whoever builds the one wants both
     set(check "${CMAKE_CURRENT_BINARY_DIR}/${folder}/${label}_check")
   endif()
 

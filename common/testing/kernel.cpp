@@ -58,7 +58,9 @@ int show_at_end() {
   return findings.empty() ? 0 : 1;
 }
 
-const ExtendMain extend_main({gpu_missing_reason, take_option, show_at_end});
+std::string remark() { return kernels_are_checked() ? ", every memory access of the kernels watched" : ""; }
+
+const ExtendMain extend_main({gpu_missing_reason, take_option, show_at_end, remark});
 
 // A finding for each line of `space` that needs `limit` times the transactions of the best layout, or more.
 void expect_transactions_below(const std::vector<KernelProfile>& profiles, MemorySpace space, double limit,

@@ -16,7 +16,7 @@ namespace {
 int case_number = 0;
 std::string summary;
 
-Extension& extension() {
+Extension& the_extension() {
   static Extension instance;
   return instance;
 }
@@ -30,7 +30,8 @@ bool option(std::string_view argument, std::string_view name, std::string_view& 
 
 }  // namespace
 
-ExtendMain::ExtendMain(Extension added) { extension() = std::move(added); }
+ExtendMain::ExtendMain(Extension added) { the_extension() = std::move(added); }
+const Extension& extension() { return the_extension(); }
 
 int only_case() { return case_number; }
 const std::string& summary_file() { return summary; }

@@ -18,11 +18,14 @@ struct Extension {
   std::function<std::string()> why_skip;         // why nothing can run here; empty if it can
   std::function<bool(std::string_view)> option;  // takes an argument of the command line; false if it is not its own
   std::function<int()> at_end;                   // after the run; what it returns is added to the exit code
+  std::function<std::string()> remark;           // closes the last line: "all 12 tests pass<remark>"
 };
 /// At start-up, from a static object.
 struct ExtendMain {
   explicit ExtendMain(Extension extension);
 };
+
+const Extension& extension();
 
 /// The reporter that prints failures as report.hpp shows them.
 const char* reporter_name();

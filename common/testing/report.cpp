@@ -180,7 +180,8 @@ class KataReporter : public doctest::IReporter {
     const auto failed = static_cast<std::size_t>(stats.numTestCasesFailed);
     const std::size_t ran = verdicts_.size();
     tests_ran = ran;
-    const std::string with_case = only_case() == 0 ? "" : " with case " + std::to_string(only_case());
+    std::string with_case = only_case() == 0 ? "" : " with case " + std::to_string(only_case());
+    if (extension().remark) with_case += extension().remark();
     const std::string label = std::string(step.label) + ": ";
     if (ran == 0) {
       std::cout << label << "no test" << with_case << " was found\n";

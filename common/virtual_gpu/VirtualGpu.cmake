@@ -24,7 +24,6 @@ function(kata_add_kernel_library name)
   endif()
 
   set_source_files_properties(${KERNEL_SOURCES} PROPERTIES LANGUAGE CXX)
-  target_compile_features(${name} PUBLIC cxx_std_20)
   # A tail call would hide the line of a barrier that ends a kernel. #pragma unroll is nvcc's and clang's.
   target_compile_options(${name} PRIVATE -fno-optimize-sibling-calls -Wno-unknown-pragmas)
   if(KERNEL_MODE STREQUAL "fast")

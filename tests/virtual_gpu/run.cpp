@@ -3,6 +3,8 @@
 //   virtual_gpu_run list            names of all kernels
 //   virtual_gpu_run clean           all clean kernels; exit code 1 if one is wrong or has a finding
 //   virtual_gpu_run NAME...         these kernels; findings are printed at the end, with exit code 1
+//   virtual_gpu_run counts NAME...  of each kernel that these launch, the counts that ncu measures on a GPU: sectors of
+//                                   global loads and stores, wavefronts of shared loads and stores (checked build only)
 //
 //   compute-sanitizer --tool racecheck virtual_gpu_run read_before_barrier
 #include <cstdio>
@@ -11,6 +13,8 @@
 #include <iostream>
 
 #include "common/gpu/launch.hpp"
+#include "common/virtual_gpu/options.hpp"
+#include "common/virtual_gpu/profile.hpp"
 #include "tests/virtual_gpu/corpus.hpp"
 
 namespace {
@@ -60,6 +64,25 @@ int run_by_name(const char* name) {
   return known > 0 && failures == 0 ? 0 : 1;
 }
 
+#if !KATA_REAL_GPU
+void print_counts(const char* name) {
+  virtual_gpu::options().profile = true;
+  run_by_name(name);
+  for (const KernelProfile& profile : take_profiles()) {
+    const auto total = [&](MemorySpace space, MemoryAccess access) {
+      long long sum = 0;
+      for (const LineProfile& line : profile.lines) {
+        if (line.space == space && line.access == access) sum += line.transactions;
+      }
+      return sum;
+    };
+    std::printf("counts %s %s %lld %lld %lld %lld\n", name, profile.kernel.c_str(),
+                total(MemorySpace::global, MemoryAccess::load), total(MemorySpace::global, MemoryAccess::store),
+                total(MemorySpace::shared, MemoryAccess::load), total(MemorySpace::shared, MemoryAccess::store));
+  }
+}
+#endif
+
 }  // namespace
 
 int main(int count, char** arguments) try {
@@ -69,6 +92,12 @@ int main(int count, char** arguments) try {
     return 0;
   }
   if (std::strcmp(arguments[1], "clean") == 0) return run_all_clean();
+#if !KATA_REAL_GPU
+  if (std::strcmp(arguments[1], "counts") == 0) {
+    for (int i = 2; i < count; ++i) print_counts(arguments[i]);
+    return 0;
+  }
+#endif
   int result = 0;
   for (int i = 1; i < count; ++i) result |= run_by_name(arguments[i]);
   return result;

@@ -24,6 +24,15 @@ struct HintOptions {
 };
 int hint(const Course& course, const HintOptions& options);
 
+struct KernelOptions {
+  std::string step;
+  std::optional<int> only_case;
+  bool json = false;
+  bool on_gpu = false;  // NVIDIA's tools on a real GPU instead of the virtual one
+};
+int check(const Course& course, const KernelOptions& options);
+int profile(const Course& course, const KernelOptions& options);
+
 int watch(const Course& course, const std::string& step);
 int solution(const Course& course, const std::string& step, bool give_up);
 int reset(const Course& course, const std::string& step);

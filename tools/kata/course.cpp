@@ -35,6 +35,7 @@ Course Course::load(const fs::path& manifest) {
       entry.at("needs").get_to(step.needs);
       entry.at("target").get_to(step.target);
       step.test = entry.at("test").get<std::string>();
+      step.check = entry.value("check", "");
       if (step.files.empty()) throw Failure(step.label + " has no file to fill", "its add_exercise(...) must name one");
       course.steps.push_back(std::move(step));
     }

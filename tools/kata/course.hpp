@@ -21,6 +21,7 @@ struct Step {
   std::vector<std::string> needs;  // labels of earlier steps whose code this one calls
   std::string target;              // what ninja builds
   std::filesystem::path test;      // the executable that it builds
+  std::filesystem::path check;     // of a cuda step on the virtual GPU: the same suite, every memory access watched
 
   std::string folder_name() const;  // "02_attention"
   std::string title() const { return number + " " + name; }

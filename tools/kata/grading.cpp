@@ -47,9 +47,11 @@ Grader::Grader(const Course& course, double limit_s)
       answers_(course.state() / "grade" / "answers"),
       build_(course.state() / "grade" / ("build-" + course.preset)) {}
 
-fs::path Grader::test_of(const Step& step) const { return build_ / step.test.lexically_relative(course_.build); }
+fs::path Grader::mine(const fs::path& built) const {
+  return built.empty() ? built : build_ / built.lexically_relative(course_.build);
+}
 
-bool Grader::is_built(const Step& step) const { return fs::exists(test_of(step)); }
+bool Grader::is_built(const Step& step) const { return fs::exists(mine(step.test)); }
 
 std::vector<fs::path> Grader::answers_of(const Step& step) const {
   std::vector<fs::path> files;
@@ -141,7 +143,7 @@ void Grader::build(StudentGrade& student) {
   for (const auto& step : course_.steps) {
     // What is left of the student before must not be taken for this one's.
     std::error_code ignored;
-    fs::remove(test_of(step), ignored);
+    fs::remove(mine(step.test), ignored);
     targets.push_back(step.target);
   }
   // Each round takes out the files that do not compile; there cannot be more rounds than steps.
@@ -189,7 +191,8 @@ void Grader::build(StudentGrade& student) {
 void Grader::test(StepGrade& grade) {
   if (grade.compile_error) return;
   Step step = *grade.step;
-  step.test = test_of(step);
+  step.test = mine(step.test);
+  step.check = mine(step.check);
   const ScratchFolder elsewhere;  // a student's code may write files: not into this tree
   SuiteOptions options;
   options.show = false;

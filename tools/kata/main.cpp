@@ -28,6 +28,8 @@ Course load_course() {
 struct Typed {
   TestOptions test;
   HintOptions hint;
+  KernelOptions kernel;
+  std::string where = "virtual";
   GradeOptions grade;
   std::string step;
   std::string folder;
@@ -81,6 +83,25 @@ class CommandLine {
     test_command->add_option("step", typed_.test.which, std::string(STEP_HELP) + "; phase1; all");
     test_command->add_option("--case", typed_.test.only_case, "Only this numbered input")->check(CLI::PositiveNumber);
     test_command->add_option("--name", typed_.test.only_name, "Only tests whose name contains this text");
+
+    const auto kernel_options = [this](CLI::App* sub) {
+      sub->add_option("step", typed_.kernel.step, STEP_HELP)->required();
+      sub->add_option("--case", typed_.kernel.only_case, "Only this numbered input")->check(CLI::PositiveNumber);
+      sub->add_option("--on", typed_.where, "virtual, or gpu: compute-sanitizer and ncu on a real one")
+          ->check(CLI::IsMember({"virtual", "gpu"}));
+    };
+    kernel_options(command("check", "What a step's kernels do wrong: races, stray accesses, missed barriers",
+                           "./kata check 2.00", [this](const Course& course) {
+                             typed_.kernel.on_gpu = typed_.where == "gpu";
+                             return check(course, typed_.kernel);
+                           }));
+    auto* profile_command = command("profile", "What a step's kernels move: bytes, sectors, bank conflicts, by line",
+                                    "./kata profile 2.00", [this](const Course& course) {
+                                      typed_.kernel.on_gpu = typed_.where == "gpu";
+                                      return profile(course, typed_.kernel);
+                                    });
+    kernel_options(profile_command);
+    profile_command->add_flag("--json", typed_.kernel.json, "For programs");
 
     command("next", "The next step: its question, the file to open", "./kata next",
             [](const Course& course) { return show_next(course); });

@@ -59,11 +59,13 @@ std::string SuiteRun::mishap(double limit_s) const {
 
 double time_limit(const Step& step) { return step.kind == "cpu" ? 60 : 300; }
 
-SuiteRun run_suite(const Step& step, const SuiteOptions& options) {
+namespace {
+
+SuiteRun run_program(const Step& step, const fs::path& program, const SuiteOptions& options) {
   const ScratchFolder scratch;
   const auto summary_file = scratch.path() / "summary.json";
   Command command;
-  command.argv = {step.test.string(), "--summary=" + summary_file.string()};
+  command.argv = {program.string(), "--summary=" + summary_file.string()};
   if (options.only_case) command.argv.push_back("--case=" + std::to_string(*options.only_case));
   if (!options.only_name.empty()) command.argv.push_back(as_filter(options.only_name));
   command.capture = !options.show;
@@ -95,6 +97,21 @@ SuiteRun run_suite(const Step& step, const SuiteOptions& options) {
   result.seconds = outcome.seconds;
   result.output = std::move(outcome.output);
   return result;
+}
+
+}  // namespace
+
+SuiteRun run_suite(const Step& step, const SuiteOptions& options) {
+  SuiteRun run = run_program(step, step.test, options);
+  if (step.check.empty() || run.exit_code != 0 || !run.summary) return run;
+  SuiteRun checked = run_program(step, step.check, options);
+  checked.seconds += run.seconds;
+  checked.output = run.output + checked.output;
+  if (!checked.summary) return checked;
+  checked.summary->passed += run.summary->passed;
+  checked.summary->skipped += run.summary->skipped;
+  checked.summary->tests.insert(checked.summary->tests.begin(), run.summary->tests.begin(), run.summary->tests.end());
+  return checked;
 }
 
 }  // namespace kata
