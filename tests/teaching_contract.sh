@@ -31,6 +31,7 @@ manifest() {
   sed -n 's/.*"label": "\([^"]*\)".*"folder": "\([^"]*\)".*"files": \[\([^]]*\)\].*/\1 \2 \3/p' build/learn/course.json |
     tr -d '",'
 }
+idea() { sed -n "s/.*\"label\": \"$1\".*\"idea\": \"\([^\"]*\)\".*/\1/p" build/learn/course.json; }
 steps=$(manifest | wc -l)
 check "the manifest lists steps" [ "$steps" -gt 0 ]
 
@@ -54,7 +55,7 @@ while read -r label folder files; do
   done
   check "$readme closes its hints" [ "$(grep -c '<details>' "$readme")" = "$(grep -c '</details>' "$readme")" ]
   check "$readme says what to think about when it passes" quietly grep -q '^## When it passes' "$readme"
-  check "README.md lists $label" quietly grep -q "($folder/README.md)" README.md
+  check "README.md lists $label with its file and idea" quietly grep -qF "($folder/README.md) | \`$folder/${files%% *}\` | $(idea "$label") |" README.md
 
   for file in $files; do
     stub=$folder/$file
@@ -68,11 +69,14 @@ while read -r label folder files; do
 
   summary=$(mktemp)
   "build/learn/$folder/${label}_test" "--summary=$summary" > /dev/null 2>&1
-  check "the stub of $label fails" [ $? != 0 ]
+  [ $? != 0 ]
+  ok $? "the stub of $label fails"
   check "the stub of $label fails as not implemented" quietly grep -q '"not_implemented": true' "$summary"
   of_step=$(grep -c '"status": ' "$summary")
   red_of_step=$(grep -c '"status": "failed"' "$summary")
-  check "every test of $label is red on the stub ($red_of_step of $of_step)" [ "$red_of_step" = "$of_step" ]
+  skipped=$(grep -c '"status": "skipped"' "$summary")
+  check "every test of $label is red on the stub ($red_of_step of $of_step)" [ "$((red_of_step + skipped))" = "$of_step" ]
+  check "$label has tests that are not skipped" [ "$red_of_step" -gt 0 ]
   check "$label has tests" [ "$of_step" -gt 0 ]
   tests=$((tests + of_step))
   red=$((red + red_of_step))

@@ -1,5 +1,6 @@
 #include "common/virtual_gpu/findings.hpp"
 
+#include <filesystem>
 #include <ostream>
 
 namespace flashkata {
@@ -42,12 +43,18 @@ std::string_view to_text(FindingKind kind) {
   return "finding";
 }
 
+std::string from_here(const std::string& path) {
+  std::error_code ignored;
+  const std::filesystem::path relative = std::filesystem::proximate(path, ignored);
+  return relative.empty() || *relative.begin() == ".." ? path : relative.string();
+}
+
 void print_findings(std::ostream& out, const std::vector<Finding>& findings) {
   constexpr std::size_t MOST_PRINTED = 20;
   for (std::size_t i = 0; i < findings.size() && i < MOST_PRINTED; ++i) {
     const Finding& finding = findings[i];
     out << finding.kernel << " · " << to_text(finding.kind);
-    if (finding.line > 0) out << " · " << finding.file << ':' << finding.line;
+    if (finding.line > 0) out << " · " << from_here(finding.file) << ':' << finding.line;
     out << "\n  " << finding.sentence << '\n';
     if (finding.count > 1) out << "  seen " << finding.count << " times\n";
     if (finding.abandoned) out << "  The launch was abandoned here: what it would have written later is missing.\n";

@@ -50,6 +50,9 @@ inline std::vector<Finding> take_findings() { return {}; }
 std::vector<Finding> take_findings();
 #endif
 
+/// `path` as typed from the folder that the program runs in, if it lies below that.
+std::string from_here(const std::string& path);
+
 /// One paragraph for each finding.
 void print_findings(std::ostream& out, const std::vector<Finding>& findings);
 

@@ -9,6 +9,7 @@
 #include <map>
 #include <ostream>
 
+#include "common/virtual_gpu/findings.hpp"
 #include "common/virtual_gpu/profile.hpp"
 
 namespace flashkata {
@@ -108,7 +109,7 @@ void print_source(std::ostream& out, const std::vector<LineProfile>& lines) {
   for (const auto& [name, by_line] : by_file) {
     std::ifstream file(name);
     if (!file) continue;
-    out << "\n  " << name << ": wavefronts (shared) or sectors (global) per request / least possible\n";
+    out << "\n  " << from_here(name) << ": wavefronts (shared) or sectors (global) per request / least possible\n";
     const int first = by_line.begin()->first - 2;
     const int last = by_line.rbegin()->first + 1;
     std::string source;
