@@ -11,6 +11,7 @@ namespace flashkata::testing {
 namespace {
 
 std::string number(double value) {
+  if (std::isnan(value)) return "NaN";  // whatever its sign
   std::ostringstream text;
   text.precision(5);
   text << value;

@@ -5,6 +5,7 @@
 // watched. On a real GPU there is only the first; compute-sanitizer and ncu do what the second does here.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <string_view>
@@ -19,8 +20,30 @@ namespace flashkata::testing {
 bool kernels_are_checked();
 
 /// Calls `launcher`, waits for the GPU, and adds every finding to the report of the running test case.
-/// Returns what the kernels did to memory; empty unless kernels_are_checked().
+/// Returns what the kernels did to memory; empty unless kernels_are_judged(). Kernels outside of the case that --case
+/// asks for run unwatched.
 std::vector<KernelProfile> run_kernels(const std::function<void()>& launcher);
+
+/// Whether the profiles that run_kernels() returns now say something: kernels are checked, neither --findings nor
+/// --profile hands the run over as it is, and --case does not ask for another case. Without it a suite could not tell
+/// a kernel that never ran from one that nobody watched.
+bool kernels_are_judged();
+
+/// While it lives, the virtual GPU runs threads and blocks in a random order of that seed: what depends on the order
+/// (a race, a sum by float atomics) shows itself. A real GPU has an order of its own each time.
+class AnotherOrder {
+ public:
+  explicit AnotherOrder(std::uint64_t seed);
+  ~AnotherOrder();
+  AnotherOrder(const AnotherOrder&) = delete;
+  AnotherOrder& operator=(const AnotherOrder&) = delete;
+
+ private:
+  std::uint64_t before_ = 0;
+};
+
+/// Calls `launcher` without a look at what it does: for Recognise, which runs after the verdict.
+void run_unwatched(const std::function<void()>& launcher);
 
 /// The bytes that `profiles` loaded from, or stored to (atomics included), the buffer of that name, all kernels
 /// together.

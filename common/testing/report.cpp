@@ -302,6 +302,13 @@ void finding(std::string_view name, const std::string& sentence) {
   DOCTEST_ADD_FAIL_CHECK_AT(OUR_MESSAGE, 0, "");
 }
 
+void finding(std::string_view name, const std::string& sentence, std::string_view question) {
+  if (running.findings.empty()) running.question = question;
+  finding(name, sentence);
+}
+
+int running_case() { return running.current_case; }
+
 void skip(const std::string& reason) { running.skipped = reason; }
 
 void ask(std::string_view question) { running.question = question; }

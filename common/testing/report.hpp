@@ -17,6 +17,9 @@ namespace flashkata::testing {
 /// Marks the running test case as failed, with a line "name    sentence" in its report. Never throws.
 void finding(std::string_view name, const std::string& sentence);
 
+/// The same, with a question of its own: it takes the place of ask()'s if this is the test case's first finding.
+void finding(std::string_view name, const std::string& sentence, std::string_view question);
+
 /// A question for whoever fails this test case and is not recognised: what the failed property itself suggests.
 /// Call it at the head of a test case.
 void ask(std::string_view question);
@@ -24,6 +27,9 @@ void ask(std::string_view question);
 /// Runs `body` as numbered input `number` of the running test case: its findings are printed under `sentence`, and
 /// `--case=number` runs it alone. Only the first input that fails is printed in full, the others by number.
 void run_case(int number, const std::string& sentence, const std::function<void()>& body);
+
+/// The number of the run_case() that is running; 0 outside of any.
+int running_case();
 
 /// Marks the running test case as skipped, for `reason`; return from it afterwards. ctest counts it as skipped.
 void skip(const std::string& reason);

@@ -250,8 +250,8 @@ run ./kata test 1.02
 check "a build that was interrupted goes on" exits 0
 
 section "each hidden solution moves the page on"
-labels=$(sed -n 's/.*"label": "\([^"]*\)".*/\1/p' build/learn/course.json)
-total=$(wc -l <<< "$labels")
+labels=$(sed -n 's/.*"label": "\(phase1[^"]*\)".*/\1/p' build/learn/course.json)
+total=$(grep -c '"label"' build/learn/course.json)
 cp "$scratch/attention.stub" "$attention"
 count=0
 for label in $labels; do
@@ -259,28 +259,26 @@ for label in $labels; do
   cp -r "$hidden/$folder/." "$folder/"
   count=$((count + 1))
   run ./kata
-  check "$label: $count of $total" says "$count of $total step"
+  check "$label: $count of $total" says "$count of $total steps"
 done
-check "at the end nothing is left" says "every step"
+check "phase 1 is full" says "$count/$count"
 run ./kata test phase1
-check "the whole phase passes" exits 0
-run timeout 20 ./kata watch
-check "nothing is left to watch" exits 0
+check "and passes as a whole" exits 0
 
 section "state that is lost, damaged or cannot be written"
 rm -rf .kata
 run ./kata
-check "without .kata everything is found again" says "$count of $total step"
+check "without .kata everything is found again" says "$count of $total steps"
 echo '{"verdicts": {"learn/phase1.01_softmax": {"state": 7' > .kata/progress.json
 run ./kata
-check "a damaged memory is no problem" says "$count of $total step"
+check "a damaged memory is no problem" says "$count of $total steps"
 before=$(date +%s%N)
 run ./kata list
 after=$(date +%s%N)
 check "up to date, it answers at once ($(((after - before) / 1000000)) ms)" test $(((after - before) / 1000000)) -lt 1000
 rm -rf .kata && touch .kata # also root cannot write below a file
 run ./kata
-check "an unwritable .kata does not hide the page" says "$count of $total step"
+check "an unwritable .kata does not hide the page" says "$count of $total steps"
 check "but is said" says "cannot write .kata/progress.json"
 run ./kata reset softmax
 check "a reset without a backup is refused" exits 1
@@ -293,7 +291,7 @@ if mount -t tmpfs -o size=16k tmpfs .kata 2> /dev/null; then
   check "on a full disk, too" exits 1
   check "nothing is lost there" same "$softmax" "$hidden/$softmax"
   run ./kata
-  check "and the page appears" says "$count of $total step"
+  check "and the page appears" says "$count of $total steps"
   umount .kata
 else
   skip "on a full disk, too" "mount is not allowed here"
@@ -375,14 +373,14 @@ check "its reset finds the stub" same "$scratch/handout/$softmax" "$scratch/soft
 section "grading"
 for student in right half broken; do
   mkdir -p "$scratch/students/$student"
-  cp -r "$scratch/handout/"phase* "$scratch/students/$student/"
+  cp -r "$scratch/handout/"phase1* "$scratch/students/$student/"
 done
-cp -r "$hidden/." "$scratch/students/right/"
+cp -r "$hidden/"phase1* "$scratch/students/right/"
 cp "$hidden/$softmax" "$scratch/students/half/$softmax"
 sed 's/return weights;/return 2.0f * weights;/' "$hidden/$softmax" > "$scratch/students/broken/$softmax"
 echo 'int broken = ;' >> "$scratch/students/broken/$softmax"
 cp "$hidden/$attention" "$scratch/students/broken/$attention"
-run ./kata grade "$scratch"/students/* --out "$scratch/scores.json"
+run ./kata grade "$scratch"/students/* --only phase1 --out "$scratch/scores.json"
 check "three students are graded" exits 0
 table=$out
 student() { out=$(sed -n "/^  $1\$/,/ all /p" <<< "$table"); }

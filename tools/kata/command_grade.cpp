@@ -8,6 +8,7 @@
 #include "failure.hpp"
 #include "files.hpp"
 #include "grading.hpp"
+#include "names.hpp"
 #include "terminal.hpp"
 
 namespace kata {
@@ -58,6 +59,7 @@ nlohmann::json as_json(const StudentGrade& student) {
                      {"failed", grade.failed},
                      {"skipped", grade.skipped},
                      {"submitted", grade.submitted},
+                     {"untouched", grade.untouched},
                      {"not_implemented", grade.not_implemented},
                      {"compile_error", grade.compile_error},
                      {"crashed", grade.crashed},
@@ -100,7 +102,7 @@ int grade(const Course& course, const GradeOptions& options) {
 
   auto students = nlohmann::json::array();
   const auto names = student_names(options.submissions);
-  Grader grader(course, options.limit_s);
+  Grader grader(course, find_steps(course, options.only), options.limit_s);
   std::cout << "\n";
   for (std::size_t i = 0; i < names.size(); ++i) {
     const auto student = grader.grade(names[i], fs::absolute(options.submissions[i]).lexically_normal());

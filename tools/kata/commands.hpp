@@ -42,6 +42,7 @@ int handout(const Course& course, const std::filesystem::path& folder);
 
 struct GradeOptions {
   std::vector<std::filesystem::path> submissions;
+  std::string only = "all";   // a step or a phase
   std::filesystem::path out;  // empty: .kata/grade/scores.json
   double limit_s = 60;        // for each step's suite
 };

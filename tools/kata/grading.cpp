@@ -41,8 +41,9 @@ double StudentGrade::score() const {
   return count == 0 ? 0 : sum / static_cast<double>(count);
 }
 
-Grader::Grader(const Course& course, double limit_s)
+Grader::Grader(const Course& course, std::vector<const Step*> steps, double limit_s)
     : course_(course),
+      steps_(std::move(steps)),
       limit_s_(limit_s),
       answers_(course.state() / "grade" / "answers"),
       build_(course.state() / "grade" / ("build-" + course.preset)) {}
@@ -61,25 +62,27 @@ std::vector<fs::path> Grader::answers_of(const Step& step) const {
 
 void Grader::take_files(const fs::path& folder, StudentGrade& student) {
   for (const auto& step : course_.steps) {
+    if (std::find(steps_.begin(), steps_.end(), &step) == steps_.end()) {
+      replace_by_ours(step);  // not graded, but the graded ones may call it
+      continue;
+    }
     StepGrade grade;
     grade.step = &step;
-    grade.submitted = true;
+    grade.submitted = grade.untouched = true;
     for (const auto& file : step.files) {
       const auto theirs = folder / step.folder / file;
       // A symbolic link could lead to the solutions; whoever sent one sent no file.
       std::error_code error;
       const bool regular = fs::is_regular_file(fs::symlink_status(theirs, error));
       const auto text = regular ? read_file(theirs) : std::nullopt;
+      const auto stub = find_stub(course_, course_.source / step.folder / file);
+      if (!text && !stub) throw Failure("the stub of " + step.label + " is not in git", "git log -- " + step.folder);
       if (!text) grade.submitted = false;
-      std::string taken = text.value_or("");
-      if (!text) {
-        const auto stub = find_stub(course_, course_.source / step.folder / file);
-        if (!stub) throw Failure("the stub of " + step.label + " is not in git", "git log -- " + step.folder);
-        taken = stub->text;
-      }
-      put(answers_ / step.folder / file, taken);
+      if (text && (!stub || *text != stub->text)) grade.untouched = false;
+      put(answers_ / step.folder / file, text ? *text : stub->text);
     }
     if (!grade.submitted) grade.remark = "not submitted";
+    grade.not_implemented = grade.untouched;
     student.steps.push_back(grade);
   }
 }
@@ -140,19 +143,20 @@ std::string Grader::peeked_at() const {
 
 void Grader::build(StudentGrade& student) {
   std::vector<std::string> targets;
-  for (const auto& step : course_.steps) {
+  for (const auto& grade : student.steps) {
     // What is left of the student before must not be taken for this one's.
     std::error_code ignored;
-    fs::remove(mine(step.test), ignored);
-    targets.push_back(step.target);
+    fs::remove(mine(grade.step->test), ignored);
+    if (!grade.untouched) targets.push_back(grade.step->target);
   }
+  if (targets.empty()) return;
   // Each round takes out the files that do not compile; there cannot be more rounds than steps.
   for (std::size_t round = 0; round <= course_.steps.size(); ++round) {
     const auto result = build_targets(build_, targets, "building " + student.name, /*keep_going*/ true);
     if (result.ok) break;
     bool found = false;
     for (auto& grade : student.steps) {
-      if (grade.compile_error || is_built(*grade.step)) continue;
+      if (grade.untouched || grade.compile_error || is_built(*grade.step)) continue;
       const auto report = read_build_log(result.log, answers_of(*grade.step));
       if (report.mine.empty()) continue;
       const auto& first = report.mine.front();
@@ -162,7 +166,7 @@ void Grader::build(StudentGrade& student) {
     }
     if (!found) {  // no error in a file of theirs: the first that is not built lacks a function, or has it twice
       for (auto& grade : student.steps) {
-        if (found || grade.compile_error || is_built(*grade.step)) continue;
+        if (found || grade.untouched || grade.compile_error || is_built(*grade.step)) continue;
         const auto report = read_build_log(result.log, {});
         grade.compile_error = found = true;
         grade.remark = "does not link" + (report.link.empty() ? "" : ": " + report.link.front());
@@ -175,9 +179,9 @@ void Grader::build(StudentGrade& student) {
   }
   for (auto& grade : student.steps) {
     for (const Step* need : course_.with_needs(*grade.step)) {
-      const auto& theirs = *std::find_if(student.steps.begin(), student.steps.end(),
-                                         [&](const StepGrade& each) { return each.step == need; });
-      if (&theirs != &grade && theirs.compile_error) grade.ours_for.push_back(need->label);
+      for (const auto& other : student.steps) {
+        if (other.step == need && &other != &grade && other.compile_error) grade.ours_for.push_back(need->label);
+      }
     }
   }
   const auto peeked = peeked_at();
@@ -189,7 +193,7 @@ void Grader::build(StudentGrade& student) {
 }
 
 void Grader::test(StepGrade& grade) {
-  if (grade.compile_error) return;
+  if (grade.compile_error || grade.untouched) return;
   Step step = *grade.step;
   step.test = mine(step.test);
   step.check = mine(step.check);

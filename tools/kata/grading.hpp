@@ -12,6 +12,7 @@ namespace kata {
 struct StepGrade {
   const Step* step = nullptr;
   bool submitted = false;  // all of its files were there
+  bool untouched = false;  // they are the stubs as handed out: not built, nothing to judge
   bool compile_error = false;
   bool crashed = false;
   bool timed_out = false;
@@ -37,7 +38,7 @@ struct StudentGrade {
 /// costs only the compilation of his own files.
 class Grader {
  public:
-  Grader(const Course& course, double limit_s);
+  Grader(const Course& course, std::vector<const Step*> steps, double limit_s);
   StudentGrade grade(const std::string& name, const std::filesystem::path& folder);
 
  private:
@@ -52,6 +53,7 @@ class Grader {
   std::string peeked_at() const;
 
   const Course& course_;
+  std::vector<const Step*> steps_;  // that are graded
   double limit_s_;
   std::filesystem::path answers_;
   std::filesystem::path build_;

@@ -149,6 +149,7 @@ class CommandLine {
                                   });
     grade_command->add_option("folders", typed_.submissions, "Students' trees; only the files they fill are taken")
         ->required();
+    grade_command->add_option("--only", typed_.grade.only, "A phase or a step; all by default");
     grade_command->add_option("--out", typed_.out, "The score file (.kata/grade/scores.json)");
     grade_command->add_option("--limit", typed_.grade.limit_s, "Seconds that a step's tests may take (60)")
         ->check(CLI::PositiveNumber);
