@@ -29,7 +29,7 @@ inline void check_row_sum(View<const float, 2> matrix, View<float, 1> sums) {
   require(matrix.stride(1) == 1 || matrix.size(1) <= 1, "matrix", "stride(1) = " + std::to_string(matrix.stride(1)),
           "1");
   require(sums.size(0) == matrix.size(0), "sums", to_text(sums.shape()),
-          "[" + std::to_string(matrix.size(0)) + "], one element for each row of matrix");
+          to_text(Shape<1>{matrix.size(0)}) + ", one element for each row of matrix");
   require(sums.stride(0) == 1 || sums.size(0) <= 1, "sums", "stride(0) = " + std::to_string(sums.stride(0)), "1");
 }
 

@@ -52,10 +52,10 @@ TEST_SUITE("names") {
 
   TEST_CASE("every way to name a step finds it") {
     const Course course = example_course();
-    for (const char* name :
-         {"1.02", "1.2", "01.02", "phase1.02_attention", "02_attention", "attention", "Attention",
-          "phase1_eager/02_attention", "phase1_eager/02_attention/", "./phase1_eager/02_attention/attention.cpp",
-          "/course/phase1_eager/02_attention", "/course/phase1_eager/02_attention/attention.cpp"}) {
+    for (const char* name : {"1.02", "1.2", "01.02", "phase1.02_attention", "02_attention", "attention", "Attention",
+                             "02_attention/", "attention.cpp", "phase1_eager/02_attention",
+                             "phase1_eager/02_attention/", "./phase1_eager/02_attention/attention.cpp",
+                             "/course/phase1_eager/02_attention", "/course/phase1_eager/02_attention/attention.cpp"}) {
       INFO(name);
       CHECK(find_step(course, name).label == "phase1.02_attention");
     }

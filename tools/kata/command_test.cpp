@@ -47,6 +47,10 @@ std::string next_line(const Course& course, const Progress& progress, const Step
 int test_part(const Course& course, const Step& step, const TestOptions& options, const SuiteRun& run) {
   const std::size_t ran = run.summary ? run.summary->passed + run.summary->failed : 0;
   if (run.summary && ran == 0 && !options.only_name.empty()) refuse_name(step, options.only_name);
+  if (run.summary && ran == 0 && options.only_case) {
+    std::cout << field("next", bold("./kata test " + step.number) + "   (what fails names its own number)");
+    return 2;
+  }
   const bool right = run.exit_code == 0 && run.summary && ran > 0 && run.summary->failed == 0;
   if (right) {
     std::cout << field("next", bold("./kata test " + step.number) + "   (this was only a part of its tests)");

@@ -138,13 +138,11 @@ class Reader {
       if (in_context_) {
         error_->context.push_back("line " + std::to_string(place->line) + ": " + *note);
       }
-    } else if (after_word(place->rest, "warning: ")) {
-      finish();
-    } else if (mine && place->rest.find("required from") != std::string::npos) {
+    } else if (place->rest.find("required from") == std::string::npos) {
+      finish();  // a warning, "In function ...", "At global scope": something new begins
+    } else if (mine) {
       finish();
       leading_ = place;  // g++ says who led here before it says where to
-    } else if (place->rest.find("required from") == std::string::npos) {
-      finish();  // "In function ...", "At global scope": the head of the next diagnostic
     }
   }
 

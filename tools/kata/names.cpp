@@ -36,14 +36,16 @@ std::string as_path(std::string_view name) {
 }
 
 bool is_called(const Step& step, std::string_view name) {
-  const std::string typed = lower(name);
-  const std::string path = as_path(name);
+  const std::string typed = as_path(name);
   if (typed == lower(step.label) || typed == lower(step.name) || typed == lower(step.folder_name())) return true;
   if (without_leading_zeros(typed) == without_leading_zeros(step.number)) return true;
+  for (const auto& file : step.files) {
+    if (typed == lower(file)) return true;
+  }
   const std::string folder = lower(step.folder);
   // A file or a test in the folder names the step too, also by its whole path.
-  return path == folder || path.starts_with(folder + "/") || path.ends_with("/" + folder) ||
-         path.find("/" + folder + "/") != std::string::npos;
+  return typed == folder || typed.starts_with(folder + "/") || typed.ends_with("/" + folder) ||
+         typed.find("/" + folder + "/") != std::string::npos;
 }
 
 std::vector<std::string> phase_names(const Step& step) {

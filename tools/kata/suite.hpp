@@ -51,7 +51,7 @@ struct SuiteRun {
   std::string mishap(double limit_s) const;
 };
 
-/// Runs a step's test executable and, if that passes, the one that watches its kernels.
+/// Runs a step's test executable and, of a kernel step, the one that watches its kernels.
 SuiteRun run_suite(const Step& step, const SuiteOptions& options);
 
 /// How long a step may take before it is taken for endless: kernels on the virtual GPU are slower.
