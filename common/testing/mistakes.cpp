@@ -313,6 +313,20 @@ constexpr Mistake MISTAKES[] = {
      "Where in the tile do you put element (1, 0), and where do you look for it?"},
     {"transpose-last-row", "left out the last row",
      "Which of your conditions speaks about the last row, and what does it say?"},
+
+    // Tensor cores.
+    {"mma-c-fragment-map", "took the four numbers of a C fragment for neighbours in one row",
+     "Lane 5 holds four numbers of C. Which two rows are they in, and which columns?"},
+    {"mma-p-to-a-repack", "handed P to the second product with its registers in another order",
+     "Let the only weight be that of key 9. In which register of A does it belong, and which row of V comes out?"},
+    {"ldmatrix-no-trans", "loaded K or V the wrong way round",
+     "mma wants B by columns. How is K stored, seen as the B of Q K^T, and how is V, seen as the B of P V?"},
+    {"ldmatrix-x4-order", "loaded the right 8 x 8 matrices into the wrong registers",
+     "Which 8 lanes supply the addresses of matrix 2? And which quarter of the operand does register 2 hold?"},
+    {"swizzle-mismatch", "wrote a tile in one order of chunks and read it in another",
+     "Where does your store put chunk 0 of row 1? Where does your load look for it?"},
+    {"s-16bit-overflow", "kept the scores in fp16 before they were scaled",
+     "Where is the largest number of your computation, before or after the scale? What is the largest fp16?"},
 };
 
 }  // namespace

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "common/attention/not_implemented.hpp"
+#include "phase2_forward/flash.hpp"
+
+namespace flashkata {
+
+/// flash_forward() of step 04 for fp16 and bf16, on tensor cores: 16-bit operands, scores, weights' sums and output
+/// summed up in fp32, the weights rounded to 16 bits before they multiply the values, the output rounded once at the
+/// end.
+///
+/// Shapes, strides and options as in phase2_forward/flash.hpp. A query that may attend to nothing gets output 0 and lse
+/// -inf. What a forbidden key holds, NaN and inf included, reaches no query that may not attend to it. Its value must
+/// be finite where other queries of the same tile may attend to it: a tensor core multiplies it by a weight of 0, and 0
+/// times NaN is NaN. The same inputs give the same bits. Device memory: none beyond the arguments.
+void flash_forward_mma(const FlashForward<fp16>& problem, const Stream& stream = {});
+void flash_forward_mma(const FlashForward<bf16>& problem, const Stream& stream = {});
+
+}  // namespace flashkata

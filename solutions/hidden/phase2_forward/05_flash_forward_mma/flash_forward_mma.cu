@@ -1,0 +1,363 @@
+// flash_forward_mma: output = softmax(scale query key^T) value and its LSE, on tensor cores
+//
+// New here   Products run as mma_m16n8k16: 16-bit operands, float sums. Scores and weights never leave registers: the
+//            C fragment of S = Q K^T is, element for element, the A fragment of P V. K and V come by cp.async, each
+//            while the other is being used.
+// Grid       one block for every BLOCK_Q queries of a head; longest first when causal
+// Block      WARPS warps, each owns 32 queries: 2 row tiles of 16, so that every K and V fragment is used twice
+// Shared     q_smem [BLOCK_Q, D], k_smem [BLOCK_KV, D], v_smem [BLOCK_KV, D], rows swizzled in chunks of 16 bytes
+// Try        ./kata test 2.05    ./kata profile 2.05
+#include "flash_forward_mma.hpp"
+
+namespace flashkata {
+namespace {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = 32 * WARPS;
+constexpr int ROW_TILES = 2;                     // of 16 queries, for each warp
+constexpr int BLOCK_Q = WARPS * ROW_TILES * 16;  // 128
+constexpr int CHUNK = 8;                         // elements in 16 bytes: what cp.async copies and ldmatrix reads
+
+constexpr int BLOCK_KV = 64;  // keys in a tile; 64 scores a thread beside HEAD_DIM sums of the output
+
+template <typename T>
+struct Arguments {
+  View<const T, 4> query, key, value;  // [B, H, S, D]
+  View<T, 4> output;                   // [B, H, Sq, D]
+  View<float, 3> lse;                  // [B, H, Sq]
+  int queries, keys, diagonal;         // query i sees keys 0 .. i + diagonal
+  float scale_log2;                    // |scale| log2(e): weights are exp2(scale_log2 * (score - max))
+  bool negated;                        // the scale is negative: scores change their sign
+};
+
+// A tile in shared memory, [rows, HEAD_DIM], in chunks of 16 bytes. Chunk c of row r lies at place c XOR (r % 8), so
+// that the 8 rows of one chunk column, which ldmatrix reads together, lie in 8 different groups of 4 banks. Rows
+// shorter than 128 bytes share a line of banks, so it is the line's number that counts.
+template <typename T, int HEAD_DIM>
+struct Tile {
+  static constexpr unsigned CHUNKS = HEAD_DIM / CHUNK;          // in a row
+  static constexpr unsigned SWAPPED = CHUNKS < 8 ? CHUNKS : 8;  // chunks that change places among themselves
+  static constexpr unsigned ROWS_PER_LINE = 8 / SWAPPED;
+
+  T* smem;
+
+  // One lane's row in a tile. Later rows and chunks are then constants away, which costs no address registers.
+  struct Lane {
+    T* row;
+    unsigned swizzle;
+
+    // `rows` further down, a multiple of 8, and `chunks` further right, an even number.
+    KATA_DEVICE T* at(int rows, int chunks) const {
+      const unsigned chunk = static_cast<unsigned>(chunks);
+      return row + rows * HEAD_DIM + chunk / SWAPPED * SWAPPED * CHUNK + ((chunk % SWAPPED) ^ swizzle) * CHUNK;
+    }
+  };
+
+  KATA_DEVICE Lane lane(int row, int chunk) const {
+    return {smem + row * HEAD_DIM,
+            (static_cast<unsigned>(row) / ROWS_PER_LINE % SWAPPED) ^ static_cast<unsigned>(chunk)};
+  }
+  KATA_DEVICE T* at(int row, int chunk) const {
+    const unsigned place = static_cast<unsigned>(chunk) ^ (static_cast<unsigned>(row) / ROWS_PER_LINE % SWAPPED);
+    return smem + row * HEAD_DIM + place * CHUNK;
+  }
+
+  // Starts the copy of rows first .. first + ROWS - 1 of a head; rows from `limit` on become 0.
+  template <int ROWS>
+  KATA_DEVICE void load_async(const T* head, int row_stride, int first, int limit) const {
+    static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies the same number of chunks");
+    constexpr int ROWS_PER_STEP = THREADS / CHUNKS;
+    const int row = static_cast<int>(threadIdx.x / CHUNKS);
+    const int chunk = static_cast<int>(threadIdx.x % CHUNKS);
+    T* destination = at(row, chunk);
+#pragma unroll
+    for (int step = 0; step < ROWS / ROWS_PER_STEP; ++step) {
+      const int source_row = first + row + step * ROWS_PER_STEP;
+      const bool in_range = source_row < limit;
+      const T* source = head + static_cast<Index>(in_range ? source_row : 0) * row_stride + chunk * CHUNK;
+      cp_async_16(destination + step * ROWS_PER_STEP * HEAD_DIM, source, in_range);
+    }
+  }
+};
+
+// The same number, of which the compiler knows nothing: what is derived from it is computed again in each round of a
+// loop. Otherwise the compiler would compute all addresses of a tile once and keep them, in registers that the
+// fragments need.
+KATA_DEVICE int computed_anew(int value) {
+#if KATA_REAL_GPU
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
+// The largest of the 4 lanes that share a row of a C fragment.
+KATA_DEVICE float quad_max(float value) {
+  value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 1));
+  return fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 2));
+}
+
+KATA_DEVICE float quad_sum(float value) {
+  value += __shfl_xor_sync(FULL_WARP, value, 1);
+  return value + __shfl_xor_sync(FULL_WARP, value, 2);
+}
+
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(THREADS, 2) flash_forward_mma_kernel(const Arguments<T> args) {
+  constexpr int KV = BLOCK_KV;
+  constexpr int KEY_TILES = KV / 8;         // n tiles of S, 8 keys each
+  constexpr int DIM_TILES = HEAD_DIM / 8;   // n tiles of O, 8 channels each
+  constexpr int DIM_STEPS = HEAD_DIM / 16;  // k steps of S
+  constexpr int KEY_STEPS = KV / 16;        // k steps of O
+  constexpr float INF = std::numeric_limits<float>::infinity();
+
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int q_tiles = (args.queries + BLOCK_Q - 1) / BLOCK_Q;
+  const int head_index = static_cast<int>(blockIdx.x) / q_tiles;
+  const int q_tile = q_tiles - 1 - static_cast<int>(blockIdx.x) % q_tiles;  // the last tile sees the most keys: first
+  const int q_first = q_tile * BLOCK_Q;
+  const int heads = static_cast<int>(args.query.size(1));
+  const int batch = head_index / heads;
+  const int head = head_index % heads;
+  const T* q_head = &args.query(batch, head, 0, 0);
+  const T* k_head = &args.key(batch, head, 0, 0);
+  const T* v_head = &args.value(batch, head, 0, 0);
+
+  T* smem = dynamic_shared<T>();
+  const Tile<T, HEAD_DIM> q_smem{smem};
+  const Tile<T, HEAD_DIM> k_smem{smem + BLOCK_Q * HEAD_DIM};
+  const Tile<T, HEAD_DIM> v_smem{smem + (BLOCK_Q + KV) * HEAD_DIM};
+
+  const int keys_seen = min(args.keys, q_first + BLOCK_Q + args.diagonal);  // by the last query of the block
+  const int kv_tiles = keys_seen <= 0 ? 0 : (keys_seen + KV - 1) / KV;
+
+  const int warp_row = warp * ROW_TILES * 16;  // first row of this warp in the block
+  // Which row and chunk of a 16 x 16 operand each lane names to ldmatrix_x4. A: rows 0-7 and 8-15 of the left half,
+  // then of the right half. B is read transposed: K holds its columns as rows, V holds them as columns.
+  float o_frag[ROW_TILES][DIM_TILES][4] = {};  // C fragments of O: [2 x 16 queries, HEAD_DIM]
+  float row_max[ROW_TILES][2];                 // rows lane / 4 and lane / 4 + 8 of each row tile
+  float row_sum[ROW_TILES][2];                 // this lane's share; added up over the quad at the end
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row_max[m][half] = -INF;
+      row_sum[m][half] = 0.0f;
+    }
+  }
+
+  if (kv_tiles > 0) {  // otherwise nobody would wait for these copies
+    q_smem.template load_async<BLOCK_Q>(q_head, static_cast<int>(args.query.stride(2)), q_first, args.queries);
+    k_smem.template load_async<KV>(k_head, static_cast<int>(args.key.stride(2)), (kv_tiles - 1) * KV, args.keys);
+    cp_async_commit();
+  }
+
+  int fresh_lane = lane;
+  // From the last tile to the first: the tiles that need a mask come first.
+  for (int kv_tile = kv_tiles - 1; kv_tile >= 0; --kv_tile) {
+    const int kv_first = kv_tile * KV;
+    fresh_lane = computed_anew(fresh_lane);
+    const auto q_lane = q_smem.lane(warp_row + fresh_lane % 16, fresh_lane / 16);
+    const auto k_lane = k_smem.lane(fresh_lane / 16 * 8 + fresh_lane % 8, fresh_lane / 8 % 2);
+    const auto v_lane = v_smem.lane(fresh_lane % 16, fresh_lane / 16);
+
+    cp_async_wait<0>();
+    __syncthreads();  // k_smem (and q_smem) are full; everybody has finished with v_smem of the tile before
+    v_smem.template load_async<KV>(v_head, static_cast<int>(args.value.stride(2)), kv_first, args.keys);
+    cp_async_commit();
+
+    // S = Q K^T  [2 x 16 queries, KV keys]
+    float s_frag[ROW_TILES][KEY_TILES][4] = {};
+#pragma unroll
+    for (int step = 0; step < DIM_STEPS; ++step) {
+      std::uint32_t q_frag[ROW_TILES][4];
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) {
+        ldmatrix_x4(q_frag[m], q_lane.at(m * 16, step * 2));
+      }
+#pragma unroll
+      for (int pair = 0; pair < KEY_TILES / 2; ++pair) {
+        // Two B fragments at once: keys 0-7 left and right half, keys 8-15 left and right half.
+        std::uint32_t k_frag[4];
+        ldmatrix_x4(k_frag, k_lane.at(pair * 16, step * 2));
+        const std::uint32_t low[2] = {k_frag[0], k_frag[1]};
+        const std::uint32_t high[2] = {k_frag[2], k_frag[3]};
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+          mma_m16n8k16<T>(s_frag[m][2 * pair], q_frag[m], low, s_frag[m][2 * pair]);
+          mma_m16n8k16<T>(s_frag[m][2 * pair + 1], q_frag[m], high, s_frag[m][2 * pair + 1]);
+        }
+      }
+    }
+
+    cp_async_wait<0>();
+    __syncthreads();  // v_smem is full; everybody has finished with k_smem
+    if (kv_tile > 0) {
+      k_smem.template load_async<KV>(k_head, static_cast<int>(args.key.stride(2)), kv_first - KV, args.keys);
+      cp_async_commit();
+    }
+
+    if (args.negated) {
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s_frag[m][n][e] = -s_frag[m][n][e];
+        }
+      }
+    }
+
+    // Forbid the keys beyond the end and, when causal, beyond each query's own.
+    if (kv_first + KV > min(args.keys, q_first + warp_row + args.diagonal + 1)) {
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int q_row = q_first + warp_row + m * 16 + half * 8 + lane / 4;
+          const int end = min(args.keys, q_row + args.diagonal + 1) - kv_first;  // of this row, in the tile
+#pragma unroll
+          for (int n = 0; n < KEY_TILES; ++n) {
+            const int key = n * 8 + lane % 4 * 2;
+            if (key >= end) s_frag[m][n][half * 2] = -INF;
+            if (key + 1 >= end) s_frag[m][n][half * 2 + 1] = -INF;
+          }
+        }
+      }
+    }
+
+    // P = exp(scale S - max), with the sums and the output brought to the new maximum first
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float tile_max = s_frag[m][0][half * 2];
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; ++n) {
+          tile_max = fmaxf(tile_max, fmaxf(s_frag[m][n][half * 2], s_frag[m][n][half * 2 + 1]));
+        }
+        const float new_max = fmaxf(row_max[m][half], quad_max(tile_max));
+        // While a row has seen no key its maximum is -inf, and -inf minus -inf would be NaN.
+        const float shift = new_max == -INF ? 0.0f : new_max * args.scale_log2;
+        const float rescale = fast_exp2(row_max[m][half] * args.scale_log2 - shift);
+        row_max[m][half] = new_max;
+        row_sum[m][half] *= rescale;
+#pragma unroll
+        for (int n = 0; n < DIM_TILES; ++n) {
+          o_frag[m][n][half * 2] *= rescale;
+          o_frag[m][n][half * 2 + 1] *= rescale;
+        }
+#pragma unroll
+        for (int n = 0; n < KEY_TILES; ++n) {
+          float& left = s_frag[m][n][half * 2];
+          float& right = s_frag[m][n][half * 2 + 1];
+          left = fast_exp2(left * args.scale_log2 - shift);
+          right = fast_exp2(right * args.scale_log2 - shift);
+          row_sum[m][half] += left + right;
+        }
+      }
+    }
+
+    // O += P V  [2 x 16 queries, HEAD_DIM]
+#pragma unroll
+    for (int step = 0; step < KEY_STEPS; ++step) {
+      std::uint32_t p_frag[ROW_TILES][4];
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; ++m) {
+        // Two C fragments side by side are one A fragment: 16 keys.
+        const float(&left)[4] = s_frag[m][2 * step];
+        const float(&right)[4] = s_frag[m][2 * step + 1];
+        p_frag[m][0] = pack2<T>(left[0], left[1]);
+        p_frag[m][1] = pack2<T>(left[2], left[3]);
+        p_frag[m][2] = pack2<T>(right[0], right[1]);
+        p_frag[m][3] = pack2<T>(right[2], right[3]);
+      }
+#pragma unroll
+      for (int pair = 0; pair < DIM_TILES / 2; ++pair) {
+        // V is stored by keys, B wants it by channels: ldmatrix transposes on the way.
+        std::uint32_t v_frag[4];
+        ldmatrix_x4_trans(v_frag, v_lane.at(step * 16, pair * 2));
+        const std::uint32_t low[2] = {v_frag[0], v_frag[1]};
+        const std::uint32_t high[2] = {v_frag[2], v_frag[3]};
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+          mma_m16n8k16<T>(o_frag[m][2 * pair], p_frag[m], low, o_frag[m][2 * pair]);
+          mma_m16n8k16<T>(o_frag[m][2 * pair + 1], p_frag[m], high, o_frag[m][2 * pair + 1]);
+        }
+      }
+    }
+  }
+
+  // O / l through shared memory, where a warp's own rows of q_smem are free: rows leave in whole chunks.
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(row_sum[m][half]);
+      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+      const int row = warp_row + m * 16 + half * 8 + lane / 4;
+#pragma unroll
+      for (int n = 0; n < DIM_TILES; ++n) {
+        const std::uint32_t two = pack2<T>(o_frag[m][n][half * 2] * inverse, o_frag[m][n][half * 2 + 1] * inverse);
+        *reinterpret_cast<std::uint32_t*>(q_smem.at(row, n) + lane % 4 * 2) = two;
+      }
+      if (lane % 4 == 0 && q_first + row < args.queries) {
+        constexpr float LN2 = 0.69314718055994531f;
+        args.lse(batch, head, q_first + row) = sum > 0.0f ? row_max[m][half] * args.scale_log2 * LN2 + logf(sum) : -INF;
+      }
+    }
+  }
+  __syncwarp();  // this warp's rows are complete
+  constexpr int CHUNKS = HEAD_DIM / CHUNK;
+#pragma unroll
+  for (int step = 0; step < ROW_TILES * 16 * CHUNKS / 32; ++step) {
+    const int index = step * 32 + lane;
+    const int row = warp_row + index / CHUNKS;
+    const int chunk = index % CHUNKS;
+    if (q_first + row < args.queries) {
+      *reinterpret_cast<uint4*>(&args.output(batch, head, q_first + row, chunk * CHUNK)) =
+          *reinterpret_cast<const uint4*>(q_smem.at(row, chunk));
+    }
+  }
+}
+
+template <typename T, int HEAD_DIM>
+void launch_for(const FlashForward<T>& p, const Stream& stream) {
+  const float scale = p.scale.value_or(1.0f / std::sqrt(static_cast<float>(HEAD_DIM)));
+  // A scale of 0 becomes the smallest that still keeps -inf apart from NaN.
+  const float size = std::max(std::abs(scale), std::numeric_limits<float>::min());
+  constexpr float LOG2_E = 1.4426950408889634f;
+  const auto queries = static_cast<int>(p.query.size(2));
+  const auto keys = static_cast<int>(p.key.size(2));
+  const Arguments<T> args{p.query,       p.key,       p.value, p.output,
+                          p.lse,         queries,     keys,    p.causal ? keys - queries : keys,
+                          size * LOG2_E, scale < 0.0f};
+  const Index blocks = p.query.size(0) * p.query.size(1) * ceil_div(p.query.size(2), BLOCK_Q);
+  if (blocks == 0) return;
+  constexpr std::size_t shared_bytes = (BLOCK_Q + 2 * BLOCK_KV) * HEAD_DIM * sizeof(T);
+  launch(flash_forward_mma_kernel<T, HEAD_DIM>, dim3(static_cast<unsigned>(blocks)), dim3(THREADS), shared_bytes,
+         stream, args);
+}
+
+template <typename T>
+void dispatch(const FlashForward<T>& problem, const Stream& stream) {
+  check_flash_forward(problem);
+  switch (problem.query.size(3)) {
+    case 16:
+      return launch_for<T, 16>(problem, stream);
+    case 32:
+      return launch_for<T, 32>(problem, stream);
+    case 64:
+      return launch_for<T, 64>(problem, stream);
+    default:
+      return launch_for<T, 128>(problem, stream);
+  }
+}
+
+}  // namespace
+
+void flash_forward_mma(const FlashForward<fp16>& problem, const Stream& stream) { dispatch(problem, stream); }
+void flash_forward_mma(const FlashForward<bf16>& problem, const Stream& stream) { dispatch(problem, stream); }
+
+}  // namespace flashkata
