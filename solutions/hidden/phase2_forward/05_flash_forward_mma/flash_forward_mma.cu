@@ -342,7 +342,6 @@ void launch_for(const FlashForward<T>& p, const Stream& stream) {
 
 template <typename T>
 void dispatch(const FlashForward<T>& problem, const Stream& stream) {
-  check_flash_forward(problem);
   switch (problem.query.size(3)) {
     case 16:
       return launch_for<T, 16>(problem, stream);
@@ -357,7 +356,14 @@ void dispatch(const FlashForward<T>& problem, const Stream& stream) {
 
 }  // namespace
 
-void flash_forward_mma(const FlashForward<fp16>& problem, const Stream& stream) { dispatch(problem, stream); }
-void flash_forward_mma(const FlashForward<bf16>& problem, const Stream& stream) { dispatch(problem, stream); }
+void flash_forward_mma(const FlashForward<fp16>& problem, const Stream& stream) {
+  check_flash_forward(problem);
+  dispatch(problem, stream);
+}
+
+void flash_forward_mma(const FlashForward<bf16>& problem, const Stream& stream) {
+  check_flash_forward(problem);
+  dispatch(problem, stream);
+}
 
 }  // namespace flashkata
