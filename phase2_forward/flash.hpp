@@ -24,6 +24,29 @@ struct FlashForward {
   std::optional<float> scale = {};  // multiplies query key^T; default 1 / sqrt(D)
 };
 
+namespace flash_detail {
+
+inline void check_address(const void* data, const char* name) {
+  require(reinterpret_cast<std::uintptr_t>(data) % 16 == 0, name,
+          "an address that ends in " + std::to_string(reinterpret_cast<std::uintptr_t>(data) % 16),
+          "a multiple of 16 bytes");
+}
+
+// Rows are read 16 bytes at a time.
+template <typename T>
+void check_layout(const View<T, 4>& view, const char* name) {
+  require(view.stride(3) == 1, name, "stride(3) = " + std::to_string(view.stride(3)), "1");
+  constexpr Index ALIGNED = 16 / sizeof(T);
+  for (int axis = 0; axis < 3; ++axis) {
+    require(view.size(axis) <= 1 || view.stride(axis) % ALIGNED == 0, name,
+            "stride(" + std::to_string(axis) + ") = " + std::to_string(view.stride(axis)),
+            "a multiple of " + std::to_string(ALIGNED) + " elements, 16 bytes");
+  }
+  check_address(view.data(), name);
+}
+
+}  // namespace flash_detail
+
 /// Throws std::invalid_argument naming the argument, its value and what is allowed. Stubs call it in their first line.
 template <typename T>
 void check_flash_forward(const FlashForward<T>& problem) {
@@ -42,22 +65,10 @@ void check_flash_forward(const FlashForward<T>& problem) {
   require(q[2] <= LONGEST, "query", to_text(q), "a length of at most " + std::to_string(LONGEST));
   require(key_shape[2] <= LONGEST, "key", to_text(key_shape), "a length of at most " + std::to_string(LONGEST));
 
-  const auto check_layout = [](const auto& view, const char* name) {
-    require(view.stride(3) == 1, name, "stride(3) = " + std::to_string(view.stride(3)), "1");
-    constexpr Index ALIGNED = 16 / sizeof(T);
-    for (int axis = 0; axis < 3; ++axis) {
-      require(view.size(axis) <= 1 || view.stride(axis) % ALIGNED == 0, name,
-              "stride(" + std::to_string(axis) + ") = " + std::to_string(view.stride(axis)),
-              "a multiple of " + std::to_string(ALIGNED) + " elements, 16 bytes");
-    }
-    require(reinterpret_cast<std::uintptr_t>(view.data()) % 16 == 0, name,
-            "an address that ends in " + std::to_string(reinterpret_cast<std::uintptr_t>(view.data()) % 16),
-            "a multiple of 16 bytes");
-  };
-  check_layout(problem.query, "query");
-  check_layout(problem.key, "key");
-  check_layout(problem.value, "value");
-  check_layout(problem.output, "output");
+  flash_detail::check_layout(problem.query, "query");
+  flash_detail::check_layout(problem.key, "key");
+  flash_detail::check_layout(problem.value, "value");
+  flash_detail::check_layout(problem.output, "output");
 }
 
 }  // namespace flashkata

@@ -1,6 +1,8 @@
 #include "common/testing/array.hpp"
 
 #include <cmath>
+#include <functional>
+#include <numeric>
 
 namespace flashkata::testing {
 
@@ -26,6 +28,14 @@ std::string place(const Array& array, std::size_t flat, const std::vector<std::s
     text += std::to_string(index[axis]);
   }
   return text;
+}
+
+Array head_of(const Array& array, Index b, Index h) {
+  Array result{{array.shape.begin() + 2, array.shape.end()}, {}};
+  const Index size = std::accumulate(result.shape.begin(), result.shape.end(), Index{1}, std::multiplies<>());
+  const auto first = array.values.begin() + (b * array.shape.at(1) + h) * size;
+  result.values.assign(first, first + size);
+  return result;
 }
 
 }  // namespace flashkata::testing

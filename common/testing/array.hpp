@@ -24,6 +24,9 @@ inline constexpr std::size_t npos = static_cast<std::size_t>(-1);
 /// "query 3, channel 0" for flat index 24 of an array [_, 8] with axes {"query", "channel"}.
 std::string place(const Array& array, std::size_t flat, const std::vector<std::string_view>& axes);
 
+/// Head (b, h) of an array [B, H, ...].
+Array head_of(const Array& array, Index b, Index h);
+
 template <typename T, int Rank>
 Array to_array(const View<T, Rank>& view) {
   Array array{{view.shape().begin(), view.shape().end()}, {}};

@@ -256,19 +256,53 @@ Tensor<T, 4> absolute(const Tensor<T, 4>& tensor) {
   return result;
 }
 
-// weights |value|: what an output was added up from.
-Tensor<double, 4> output_magnitude(const Tensor<double, 4>& weights, const Tensor<double, 4>& value) {
-  const Tensor<double, 4> size = absolute(value);
-  Tensor<double, 4> sum({weights.size(0), weights.size(1), weights.size(2), value.size(3)});
+// weights [B, H, M, N] times values [B, H, N, D], head by head.
+Tensor<double, 4> weighted_sum(const Tensor<double, 4>& weights, const Tensor<double, 4>& values) {
+  Tensor<double, 4> sum({weights.size(0), weights.size(1), weights.size(2), values.size(3)});
   for (Index b = 0; b < sum.size(0); ++b)
     for (Index h = 0; h < sum.size(1); ++h)
       for (Index i = 0; i < sum.size(2); ++i)
         for (Index d = 0; d < sum.size(3); ++d) {
           sum(b, h, i, d) = 0.0;
-          for (Index j = 0; j < value.size(2); ++j) sum(b, h, i, d) += weights(b, h, i, j) * size(b, h, j, d);
+          for (Index j = 0; j < values.size(2); ++j) sum(b, h, i, d) += weights(b, h, i, j) * values(b, h, j, d);
         }
   return sum;
 }
+
+// The last two axes exchanged.
+Tensor<double, 4> transposed(const Tensor<double, 4>& tensor) {
+  Tensor<double, 4> result({tensor.size(0), tensor.size(1), tensor.size(3), tensor.size(2)});
+  for (Index b = 0; b < tensor.size(0); ++b)
+    for (Index h = 0; h < tensor.size(1); ++h)
+      for (Index i = 0; i < tensor.size(2); ++i)
+        for (Index j = 0; j < tensor.size(3); ++j) result(b, h, j, i) = tensor(b, h, i, j);
+  return result;
+}
+
+// A case as the reference wants it, with the memory that its problem looks at.
+struct Judged {
+  Tensor<double, 4> query, key, value;
+  std::vector<double> bias;
+  reference::Problem problem;
+
+  Judged(const AttentionCase& c, const AttentionInputs& inputs)
+      : query(widened(inputs.query.heads())),
+        key(widened(inputs.key.heads())),
+        value(widened(inputs.value.heads())),
+        problem{.query = query, .key = key, .value = value} {
+    if (c.scale) problem.scale = *c.scale;
+    problem.causal = c.causal;
+    const Shape<4> pairs{c.batch, c.heads, c.queries, c.keys};
+    if (inputs.allowed) problem.allowed = View<const bool, 4>(inputs.allowed->data(), pairs, {0, 0, c.keys, 1});
+    if (inputs.padding) problem.allowed = View<const bool, 4>(inputs.padding->data(), pairs, {c.keys, 0, 0, 1});
+    if (inputs.bias) {
+      bias.assign(inputs.bias->data(), inputs.bias->data() + inputs.bias->size());
+      problem.bias = View<const double, 4>(bias.data(), pairs, {0, 0, c.keys, 1});
+    }
+  }
+  Judged(const Judged&) = delete;
+  Judged& operator=(const Judged&) = delete;
+};
 
 // The largest sum of |scale * query * key| over the channels of a pair: what fp32 rounds the scores against.
 double largest_score(const AttentionCase& c, const Tensor<double, 4>& query, const Tensor<double, 4>& key) {
@@ -361,27 +395,52 @@ AttentionInputs make_inputs(const AttentionCase& c) {
 }
 
 Expected expected(const AttentionCase& c, const AttentionInputs& inputs) {
-  const Tensor<double, 4> query = widened(inputs.query.heads());
-  const Tensor<double, 4> key = widened(inputs.key.heads());
-  const Tensor<double, 4> value = widened(inputs.value.heads());
-  reference::Problem problem{.query = query, .key = key, .value = value};
-  if (c.scale) problem.scale = *c.scale;
-  problem.causal = c.causal;
-
-  const Shape<4> pairs{c.batch, c.heads, c.queries, c.keys};
-  if (inputs.allowed) problem.allowed = View<const bool, 4>(inputs.allowed->data(), pairs, {0, 0, c.keys, 1});
-  if (inputs.padding) problem.allowed = View<const bool, 4>(inputs.padding->data(), pairs, {c.keys, 0, 0, 1});
-  std::vector<double> bias;
-  if (inputs.bias) {
-    bias.assign(inputs.bias->data(), inputs.bias->data() + inputs.bias->size());
-    problem.bias = View<const double, 4>(bias.data(), pairs, {0, 0, c.keys, 1});
-  }
-
-  const reference::Forward forward = reference::forward(problem);
-  const double largest = largest_score(c, query, key);
+  const Judged judged(c, inputs);
+  const reference::Forward forward = reference::forward(judged.problem);
+  const double largest = largest_score(c, judged.query, judged.key);
   return {to_array(forward.output), to_array(forward.weights), to_array(forward.lse),
-          fp32_bound(to_array(output_magnitude(forward.weights, value)), largest),
+          fp32_bound(to_array(weighted_sum(forward.weights, absolute(judged.value))), largest),
           fp32_bound(to_array(forward.weights), largest)};
+}
+
+TokenTensor make_output_gradient(const AttentionCase& c) {
+  TokenTensor gradient(c.batch, c.queries, c.heads, c.value_width, c.gap);
+  fill_normal(gradient.heads(), static_cast<unsigned>(c.number) + 1000);
+  return gradient;
+}
+
+ExpectedGradients expected_gradients(const AttentionCase& c, const AttentionInputs& inputs,
+                                     const TokenTensor& output_gradient) {
+  const Judged judged(c, inputs);
+  const Tensor<double, 4> doutput = widened(output_gradient.heads());
+  const reference::Gradients gradients = reference::backward(judged.problem, doutput);
+  const double largest = largest_score(c, judged.query, judged.key);
+
+  // The same products with every sign made positive: |dS| <= P (|dO| |V|^T + rowsum(|dO| P |V|)).
+  const Tensor<double, 4> weights = reference::forward(judged.problem).weights;
+  const Tensor<double, 4> size = absolute(doutput);
+  const Tensor<double, 4> value = absolute(judged.value);
+  Tensor<double, 4> dscores = weighted_sum(size, transposed(value));  // |dO| |V|^T  [B, H, Sq, Sk]
+  for (Index b = 0; b < c.batch; ++b)
+    for (Index h = 0; h < c.heads; ++h)
+      for (Index i = 0; i < c.queries; ++i) {
+        double delta = 0.0;
+        for (Index j = 0; j < c.keys; ++j) delta += weights(b, h, i, j) * dscores(b, h, i, j);
+        for (Index j = 0; j < c.keys; ++j) {
+          double& dscore = dscores(b, h, i, j);
+          dscore = std::abs(scale_of(c)) * weights(b, h, i, j) * (dscore + delta);
+        }
+      }
+  return {to_array(gradients.query),
+          to_array(gradients.key),
+          to_array(gradients.value),
+          fp32_bound(to_array(weighted_sum(dscores, absolute(judged.key))), largest),
+          fp32_bound(to_array(weighted_sum(transposed(dscores), absolute(judged.query))), largest),
+          fp32_bound(to_array(weighted_sum(transposed(weights), size)), largest)};
+}
+
+Index keys_seen(bool causal, Index i, Index queries, Index keys) {
+  return causal ? std::clamp<Index>(i + 1 + keys - queries, 0, keys) : keys;
 }
 
 bool may_attend(const AttentionCase& c, const AttentionInputs& inputs, Index b, Index i, Index j) {
@@ -411,6 +470,26 @@ Bound in_model_layout(const Bound& bound) { return {bound.relative, in_model_lay
 void fill_normal(View<float, 4> view, unsigned seed) {
   Normal random(seed);
   fill(view, [&](auto...) { return random(); });
+}
+
+Tensor<float, 4> normal(const Shape<4>& shape, unsigned seed) {
+  Tensor<float, 4> tensor(shape);
+  fill_normal(tensor, seed);
+  return tensor;
+}
+
+Tensor<float, 4> filled(const Shape<4>& shape, float value) {
+  Tensor<float, 4> tensor(shape);
+  std::fill_n(tensor.data(), tensor.count(), value);
+  return tensor;
+}
+
+Tensor<float, 4> arranged(const View<const float, 4>& heads, Index batch, Index count,
+                          const std::function<Index(Index, Index)>& from) {
+  Tensor<float, 4> result({batch, count, heads.size(2), heads.size(3)});
+  for (Index b = 0; b < batch; ++b)
+    for (Index h = 0; h < count; ++h) as_matrix(result.view()[b][h]) = as_matrix(heads[0][from(b, h)]);
+  return result;
 }
 
 }  // namespace flashkata::testing

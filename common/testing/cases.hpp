@@ -11,6 +11,7 @@
 
 #include "common/testing/array.hpp"
 #include "common/testing/compare.hpp"
+#include "common/testing/report.hpp"
 
 namespace flashkata::testing {
 
@@ -121,6 +122,25 @@ Expected expected(const AttentionCase& attention_case, const AttentionInputs& in
 /// May query i of batch item b attend to key j? In the suites' own words, for probes.
 bool may_attend(const AttentionCase& attention_case, const AttentionInputs& inputs, Index b, Index i, Index j);
 
+/// Under a causal mask query i sees so many keys, the first ones; without one, all of them.
+Index keys_seen(bool causal, Index i, Index queries, Index keys);
+
+/// dO of a case, [B, Sq, H, Dv]: the gradient of a loss with respect to the output. N(0, 1), seeded like the inputs.
+TokenTensor make_output_gradient(const AttentionCase& attention_case);
+
+/// The gradients of sum(dO * output) by the float64 reference, and how exact an fp32 answer must be.
+struct ExpectedGradients {
+  Array query;  // [B, H, Sq, D]
+  Array key;    // [B, H, Sk, D]
+  Array value;  // [B, H, Sk, Dv]
+  Bound query_bound;
+  Bound key_bound;
+  Bound value_bound;
+};
+
+ExpectedGradients expected_gradients(const AttentionCase& attention_case, const AttentionInputs& inputs,
+                                     const TokenTensor& output_gradient);
+
 /// [B, H, S, D] as the model lays it out, [B, S, H*D].
 Array in_model_layout(const Array& heads);
 
@@ -129,5 +149,27 @@ Bound in_model_layout(const Bound& bound);
 
 /// Fills a view with the numbers of N(0, 1), seeded.
 void fill_normal(View<float, 4> view, unsigned seed);
+
+/// A tensor of such numbers, and one that holds the same number everywhere.
+Tensor<float, 4> normal(const Shape<4>& shape, unsigned seed);
+Tensor<float, 4> filled(const Shape<4>& shape, float value);
+
+/// [batch, count, S, D] whose head (b, h) is head from(b, h) of `heads`, [1, n, S, D].
+Tensor<float, 4> arranged(const View<const float, 4>& heads, Index batch, Index count,
+                          const std::function<Index(Index, Index)>& from);
+
+// ---- Cases with more to them than their problem: tiles, a layout. Their number is their problem's -------------------
+
+template <typename Case>
+std::vector<int> numbers(const std::vector<Case>& cases) {
+  std::vector<int> result;
+  for (const Case& c : cases) result.push_back(c.problem.number);
+  return result;
+}
+
+template <typename Case>
+void for_each(const std::vector<Case>& cases, const std::function<void(const Case&)>& body) {
+  for (const Case& c : cases) run_case(c.problem.number, c.text(), [&] { body(c); });
+}
 
 }  // namespace flashkata::testing

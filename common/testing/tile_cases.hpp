@@ -1,0 +1,19 @@
+// The problems that the CPU's tiled steps are tried on, forward and backward: each with its tiles.
+#pragma once
+
+#include "common/testing/cases.hpp"
+
+namespace flashkata::testing {
+
+struct TileCase {
+  AttentionCase problem;
+  Index block_rows;  // Br: queries in a tile
+  Index block_cols;  // Bc: keys in a tile
+
+  std::string text() const;
+};
+
+/// In order of number. Numbers never change: new cases go to the end.
+const std::vector<TileCase>& tile_cases();
+
+}  // namespace flashkata::testing
