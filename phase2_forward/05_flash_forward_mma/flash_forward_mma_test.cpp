@@ -205,10 +205,6 @@ Result attend(const Sizes& sizes, const Options& options, const Fill& q, const F
   return attention.run(options);
 }
 
-Index keys_seen(bool causal, Index i, Index queries, Index keys) {
-  return causal ? std::clamp<Index>(i + 1 + keys - queries, 0, keys) : keys;
-}
-
 bool expect_same(const Result& got, const Result& want, const std::string& why) {
   const bool output = expect_same_bits("output", got.output, want.output, OUTPUT, why);
   return expect_same_bits("lse", got.lse, want.lse, LSE, why) && output;
