@@ -72,6 +72,15 @@ class Stream {
     return result;
   }
 
+#if KATA_REAL_GPU
+  /// Somebody else's stream, who also destroys it.
+  static Stream borrowed(cudaStream_t handle) {
+    Stream result;
+    result.handle_.reset(handle, [](cudaStream_t) {});
+    return result;
+  }
+#endif
+
   void synchronize() const {
 #if KATA_REAL_GPU
     gpu_detail::check(cudaStreamSynchronize(get()), "waiting for a stream");

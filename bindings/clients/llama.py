@@ -1,0 +1,167 @@
+"""A Llama-architecture model whose attention is this course's.
+
+    python3 bindings/clients/llama.py --preset solutions-cuda --device cuda --type bfloat16 --curve loss.svg
+
+Builds a small model from a configuration (random weights, nothing is loaded), runs it with Transformers' own attention
+and with flashkata.attention, and prints how far logits and all parameter gradients are apart; then trains both for some
+steps from the same weights on the same data. Needs PyTorch 2 and Transformers 5.
+"""
+
+import argparse
+import copy
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+import flashkata
+
+
+def flashkata_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
+    """What Transformers calls in every layer: query [B, H, S, D], key and value [B, Hk, S, D]."""
+    if attention_mask is not None:
+        raise ValueError("attention_mask: got a mask, allowed is None: this client knows only the causal one")
+    if dropout:
+        raise ValueError(f"dropout: got {dropout}, allowed is 0")
+    group = query.shape[1] // key.shape[1]
+    if group > 1:  # each key/value head serves a group of query heads
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    output = flashkata.attention(query, key, value, causal=query.shape[2] > 1, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register("flashkata", flashkata_attention)
+
+
+def build(options):
+    torch.manual_seed(options.seed)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=options.heads * options.width, intermediate_size=3 * options.heads * options.width,
+        num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=options.kv_heads,
+        head_dim=options.width, max_position_embeddings=options.tokens, attention_dropout=0.0,
+    )
+    return LlamaForCausalLM(config).to(device=options.device, dtype=getattr(torch, options.type))
+
+
+def batch(options, step):
+    """Random tokens that repeat after a random period: a later half that attention can foretell from the earlier."""
+    generator = torch.Generator().manual_seed(1000 * options.seed + step)
+    period = options.tokens // 2
+    half = torch.randint(0, 256, (options.batch, period), generator=generator)
+    return half.repeat(1, 2)[:, : options.tokens].to(options.device)
+
+
+def run(model, tokens, implementation):
+    """Logits, loss, and every parameter's gradient."""
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    result = model(input_ids=tokens, labels=tokens)
+    result.loss.backward()
+    return result.logits.detach().float(), {n: p.grad.float().clone() for n, p in model.named_parameters()}
+
+
+def differences(one, other):
+    """The largest difference of the logits, and the largest of a gradient relative to that gradient's largest number."""
+    logits = (one[0] - other[0]).abs().max().item()
+    gradients = {n: ((one[1][n] - g).abs().max() / g.abs().max().clamp(min=1e-30)).item() for n, g in other[1].items()}
+    worst = max(gradients, key=gradients.get)
+    return logits, gradients[worst], worst
+
+
+def train(model, options, implementation):
+    model.set_attn_implementation(implementation)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate)
+    losses = []
+    for step in range(options.steps):
+        optimizer.zero_grad()
+        tokens = batch(options, step)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def draw(curves, path, title):
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for (name, losses), style in zip(curves.items(), ("-", "--")):
+        axes.plot(range(1, len(losses) + 1), losses, style, label=name, linewidth=2)
+    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", help="whose steps; by default your own")
+    parser.add_argument("--library", metavar="PATH", help="a libflashkata.so instead of a preset")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--type", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--curve", metavar="FILE.svg", help="draw both losses")
+    options = parser.parse_args()
+    try:
+        flashkata.use(options.preset, options.library)
+    except flashkata.FlashKataError as error:
+        parser.exit(2, f"{error}\n")
+
+    model = build(options)
+    start = copy.deepcopy(model.state_dict())
+    tokens = batch(options, 0)
+    stock = run(model, tokens, "sdpa")
+    print(f"{options.layers} layers, {options.heads} heads of {options.width} over {options.kv_heads} key/value heads, "
+          f"{options.batch} x {options.tokens} tokens, {options.type} on {options.device}")
+    print(f"{'':34}{'logits':>12}{'gradients':>12}  worst in")
+    print_row("flashkata against stock", differences(run(model, tokens, "flashkata"), stock))
+    if options.device == "cuda":
+        backends = {"math": SDPBackend.MATH, "mem-efficient": SDPBackend.EFFICIENT_ATTENTION}
+        if options.type != "float32":
+            backends["flash"] = SDPBackend.FLASH_ATTENTION
+        results = {}
+        for name, backend in backends.items():
+            with sdpa_kernel(backend):
+                results[name] = run(model, tokens, "sdpa")
+        for name in list(results)[1:]:
+            print_row(f"PyTorch's {name} against its math", differences(results[name], results["math"]))
+        print_row("flashkata against PyTorch's math", differences(run(model, tokens, "flashkata"), results["math"]))
+
+    curves = {}
+    for name, implementation in (("stock attention", "sdpa"), ("flashkata", "flashkata")):
+        model.load_state_dict(start)
+        curves[name] = train(model, options, implementation)
+    print(f"\n{'step':>6}" + "".join(f"{name:>18}" for name in curves))
+    for step in sorted({*range(0, options.steps, max(1, options.steps // 10)), options.steps - 1}):
+        print(f"{step + 1:6}" + "".join(f"{losses[step]:18.4f}" for losses in curves.values()))
+    apart = max(abs(a - b) for a, b in zip(*curves.values()))
+    print(f"largest difference of the losses: {apart:.2e}")
+    if options.curve:
+        draw(curves, options.curve, f"A Llama-architecture model trained twice, {options.type}")
+    return 0 if math.isfinite(apart) else 1
+
+
+def print_row(name, result):
+    print(f"{name:34}{result[0]:12.2e}{result[1]:12.2e}  {result[2]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
