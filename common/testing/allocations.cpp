@@ -99,7 +99,7 @@ Allocations allocations_of(const std::function<void()>& call) {
     throw;
   }
   counting = false;
-  return {peak, largest};
+  return {peak, largest, held};
 }
 
 }  // namespace flashkata::testing

@@ -12,6 +12,7 @@ namespace flashkata::testing {
 struct Allocations {
   Index peak = 0;     // bytes held at the same time, at most; what was held before the call does not count
   Index largest = 0;  // bytes of the largest block
+  Index kept = 0;     // bytes still held when the call has returned
 };
 
 /// Runs `call` and counts.
