@@ -29,9 +29,10 @@ struct AttentionGradients {
 ///     dK = scale dS^T query
 ///
 /// query [Sq, D], key [Sk, D], value [Sk, Dv], mask and scale as in attention(); the mask has no gradient.
-/// A query that may attend to nothing has gradients of 0 and gives none to any key. A key that nobody may attend to has
-/// gradients of exactly 0, and what it and its value hold, NaN and inf included, reaches no other gradient. Throws
-/// std::invalid_argument naming the argument, its shape and the shape expected.
+/// A query that may attend to nothing has gradients of 0, and neither it nor its row of d_output gives any to a key. A
+/// key that nobody may attend to has gradients of exactly 0. What a key and its value hold, NaN and inf included, never
+/// reaches the gradient of a query that may not attend to that key. Throws std::invalid_argument naming the argument,
+/// its shape and the shape expected.
 AttentionGradients attention_backward(ConstMatrixView query, ConstMatrixView key, ConstMatrixView value,
                                       ConstMatrixView d_output, const Mask& mask = {}, std::optional<float> scale = {});
 

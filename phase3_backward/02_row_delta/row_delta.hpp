@@ -12,8 +12,9 @@ namespace flashkata {
 /// It stands for rowsum(P * dP), a sum over all keys, which the Jacobian of softmax asks for: the backward pass takes
 /// it from the output, so that it may look at the keys one tile at a time.
 ///
-/// output, d_output [B, H, Sq, Dv], each with any strides, 0 and gaps included; any length may be 0. The result is
-/// [B, H, Sq]. Throws std::invalid_argument naming the argument, its shape and the shape expected.
+/// output, d_output [B, H, Sq, Dv], each with any strides, 0, negative ones and gaps included, also along the channels;
+/// any length may be 0. The result is [B, H, Sq]. Throws std::invalid_argument naming the argument, its shape and the
+/// shape expected.
 Tensor<float, 3> row_delta(View<const float, 4> output, View<const float, 4> d_output);
 
 /// The checks that row_delta() promises.
