@@ -65,8 +65,8 @@ def _check(q, k, v, scale, kernels):
     batch, heads, _, width = q.shape
     require(width > 0, "q", list(q.shape), "[B, H, Sq, D] with D at least 1")
     keys = k.shape[2]
-    require(list(k.shape) == [batch, heads, keys, width], "k", list(k.shape), [batch, heads, "Sk", width])
-    require(list(v.shape[:3]) == [batch, heads, keys], "v", list(v.shape), [batch, heads, keys, "Dv"])
+    require(list(k.shape) == [batch, heads, keys, width], "k", list(k.shape), f"[{batch}, {heads}, Sk, {width}]")
+    require(list(v.shape[:3]) == [batch, heads, keys], "v", list(v.shape), f"[{batch}, {heads}, {keys}, Dv]")
     require(scale is None or math.isfinite(scale), "scale", scale, "a finite number")
     if q.is_cuda:
         require(library.current().has_cuda, "q", "a CUDA tensor",
@@ -92,7 +92,7 @@ def _readable(x, gpu):
         each = 16 // x.element_size()
         fine = fine and x.stride(3) == 1 and x.data_ptr() % 16 == 0
         fine = fine and all(x.shape[a] <= 1 or x.stride(a) % each == 0 for a in range(3))
-    return x if fine else x.contiguous()
+    return x if fine else x.clone(memory_format=torch.contiguous_format)  # contiguous() would keep a bad address
 
 
 def _tensor(x):
