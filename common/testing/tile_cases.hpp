@@ -16,4 +16,11 @@ struct TileCase {
 /// In order of number. Numbers never change: new cases go to the end.
 const std::vector<TileCase>& tile_cases();
 
+/// A length for the queries, one for the keys, and tiles: the ways in which a diagonal can cross them.
+struct Cut {
+  Index queries, keys, block_rows, block_cols;
+};
+
+const std::vector<Cut>& cuts();
+
 }  // namespace flashkata::testing

@@ -77,18 +77,6 @@ void expect_even_shares(Index queries, Index keys, const TiledOptions& options) 
   }
 }
 
-struct Cut {
-  Index queries, keys, block_rows, block_cols;
-};
-
-const std::vector<Cut>& cuts() {
-  static const std::vector<Cut> all = {{12, 12, 4, 4},  {13, 13, 4, 4},  {12, 12, 3, 6},  {12, 12, 6, 3},
-                                       {10, 17, 4, 4},  {17, 10, 4, 4},  {20, 6, 4, 4},   {5, 23, 2, 8},
-                                       {23, 23, 16, 5}, {23, 23, 5, 16}, {30, 30, 8, 32}, {1, 9, 4, 4},
-                                       {9, 1, 4, 4},    {16, 19, 8, 8},  {19, 16, 8, 8},  {7, 7, 1, 1}};
-  return all;
-}
-
 // Bytes that a call may hold at the same time: the result, the inputs twice (a copy in another layout, say, and one in
 // another order), eight tiles of everything a thread works on, and change.
 Index memory_budget(const View<const float, 4>& q, const View<const float, 4>& k, const View<const float, 4>& v,

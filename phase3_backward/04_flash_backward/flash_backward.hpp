@@ -11,11 +11,11 @@ namespace flashkata {
 /// second kernel, whose blocks own tiles of queries, or atomic additions.
 ///
 /// Shapes, strides and options as in phase3_backward/flash.hpp. Every element of d_query, d_key and d_value is written,
-/// whatever it held. A query that may attend to nothing has gradients of 0 and gives none to any key; a key that no
-/// query may see has gradients of exactly 0. What a forbidden key and its value hold, NaN and inf included, never
-/// reaches the gradients of queries that may not attend to it. What tiles of queries see none of the keys of a block is
-/// not computed. With `deterministic` the same inputs give the same bits; without it d_query may differ by rounding
-/// from call to call, d_key and d_value may not. Device memory: none beyond the arguments.
+/// whatever it held. A query that may attend to nothing has gradients of 0 and gives none to any key, whatever it and
+/// its d_output hold; a key that no query may see has gradients of exactly 0. What a forbidden key and its value hold,
+/// NaN and inf included, never reaches the gradients of queries that may not attend to it. Tiles that see nothing of
+/// each other are not even read. With `deterministic` the same inputs give the same bits; without it d_query may differ
+/// by rounding from call to call, d_key and d_value may not. Device memory: none beyond the arguments.
 void flash_backward(const FlashBackward<float>& problem, const Stream& stream = {});
 
 }  // namespace flashkata

@@ -3,89 +3,122 @@
 #include <algorithm>
 #include <limits>
 #include <utility>
-
-#include "phase2_forward/vector.hpp"
+#include <vector>
 
 namespace flashkata {
 namespace {
 
-constexpr Index DIAGONAL_STRIP = 64;  // rows; fewer would make the products slow
+// A tile of queries is cut into panels, which lie column by column in memory: the rows of a panel are the lanes of two
+// vector registers (of 16 floats with AVX-512, of 8 with AVX), and maxima and sums over keys never cross a register.
+constexpr int VECTOR = std::max<int>(4, EIGEN_MAX_STATIC_ALIGN_BYTES / sizeof(float));
+constexpr int PANEL = 2 * VECTOR;           // rows
+constexpr int STRIP = VECTOR < 16 ? 4 : 8;  // columns: PANEL x STRIP numbers fill half of the registers
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
 using Head = decltype(as_matrix(std::declval<View<const float, 2>>()));  // [S, D], rows maybe far apart in memory
+using Panel = Eigen::Array<float, PANEL, Eigen::Dynamic>;                // column-major
+using Rows = Eigen::Array<float, PANEL, 1>;                              // one number for each row of a panel
 
-// Queries [first_query, first_query + rows) of one head against all the keys that they may see.
-void forward_row_tile(const Head& q, const Head& k, const Head& v, Index first_query, Index rows, float scale,
+// Columns [first, first + COLS) of c = a b, or of c += a b. Eigen's own product would begin with a copy of a and b in
+// another order; tiles are too small to earn that back, and in this order the numbers are already.
+template <int COLS>
+void multiply_strip(const Panel& a, const auto& b, Index first, bool add, Panel& c) {
+  const Index depth = b.rows();
+  const auto b_strip = b.template middleCols<COLS>(first);  // [depth, COLS]
+  Rows strip[COLS];                                         // [PANEL, COLS], in registers
+  for (int col = 0; col < COLS; ++col) {
+    strip[col].setZero();
+    if (add) strip[col] = c.col(first + col);
+  }
+  for (Index i = 0; i < depth; ++i) {
+    const Rows a_col = a.col(i);
+#pragma GCC unroll 8
+    for (int col = 0; col < COLS; ++col) strip[col] += a_col * b_strip.coeff(i, col);
+  }
+  for (int col = 0; col < COLS; ++col) c.col(first + col) = strip[col];
+}
+
+// c [PANEL, cols] = a [PANEL, depth] b [depth, cols], or c += a b. Further columns of a and c stay out of it.
+void multiply(const Panel& a, const auto& b, bool add, Panel& c) {
+  Index col = 0;
+  for (; col + STRIP <= b.cols(); col += STRIP) multiply_strip<STRIP>(a, b, col, add, c);
+  for (; col < b.cols(); ++col) multiply_strip<1>(a, b, col, add, c);
+}
+
+// What stays of a panel of queries while the keys pass by. o is divided by row_sum at the end.
+struct QueryPanel {
+  Index first,
+      height;  // its queries; from row `height` on there are none: zeros, and nobody reads what becomes of them
+  Panel q;     // [PANEL, D], scaled
+  Panel o;     // [PANEL, Dv]
+  Rows row_max, row_sum;  // [PANEL]
+};
+
+// A tile of keys passes by. The panel's first query sees `seen` of them, counted from the first key on, and each query
+// sees one more than the one above (seen may be negative, or so large that all see all). p is memory for the scores.
+void pass_by(const auto& k_tile, const auto& v_tile, Index seen, QueryPanel& panel, Panel& p) {
+  const Index width = std::min(k_tile.rows(), seen + panel.height - 1);  // keys that some query sees
+  if (width <= 0) return;
+  const Index full = std::clamp<Index>(seen, 0, width);               // keys that all queries see
+  const auto blind_rows = [&](Index key) { return key + 1 - seen; };  // to a key from `full` on: the first so many
+
+  // Step 2. S = Q K^T
+  multiply(panel.q, k_tile.topRows(width).transpose(), false, p);
+  for (Index key = full; key < width; ++key) p.col(key).head(blind_rows(key)).setConstant(MINUS_INFINITY);
+
+  // Step 3. P = exp(S - row_max); what was gathered with a smaller maximum shrinks to the new one.
+  const Rows new_max = panel.row_max.max(p.leftCols(width).rowwise().maxCoeff());
+  const Rows shift = (new_max == MINUS_INFINITY).select(0.0f, new_max);  // no key yet: -inf - -inf would be NaN
+  const Rows rescale = (panel.row_max - shift).exp();
+  for (Index d = 0; d < panel.o.cols(); ++d) panel.o.col(d) *= rescale;
+  for (Index key = 0; key < width; ++key) p.col(key) = (p.col(key) - shift).exp();
+  // Set, not left to exp(-inf): where Eigen 3.4 vectorises exp, that is 1e-38.
+  for (Index key = full; key < width; ++key) p.col(key).head(blind_rows(key)).setZero();
+  panel.row_sum = panel.row_sum * rescale + p.leftCols(width).rowwise().sum();
+  panel.row_max = new_max;
+
+  // Step 4. O += P V. A weight of 0 leaves a value out only if 0 times the value is 0: neither NaN nor infinite.
+  const bool zero_will_do = (0.0f * v_tile.middleRows(full, width - full)).sum() == 0.0f;
+  const Index together = zero_will_do ? width : full;
+  multiply(p, v_tile.topRows(together), true, panel.o);
+  for (Index key = together; key < width; ++key) {
+    const Index rows = PANEL - blind_rows(key);
+    panel.o.bottomRows(rows).matrix() += p.col(key).tail(rows).matrix() * v_tile.row(key);
+  }
+}
+
+// Queries [first_query, end_query) of one head against all the keys that they may see.
+void forward_row_tile(const Head& q, const Head& k, const Head& v, Index first_query, Index end_query, float scale,
                       const TiledOptions& options, View<float, 2> output, View<float, 1> lse) {
-  const Index num_keys = k.rows();
-  const Index offset = num_keys - q.rows();  // the last query stands at the last key
-  // The keys that a query sees are the first so many, so a tile of scores is visible on the left of its diagonal.
-  const auto keys_seen_by = [&](Index query) {
-    return options.causal ? std::clamp<Index>(query + offset + 1, 0, num_keys) : num_keys;
-  };
-  const Index end = keys_seen_by(first_query + rows - 1);
+  const Index offset = k.rows() - q.rows();  // the last query stands at the last key
+  const Index end_key = options.causal ? std::clamp<Index>(end_query + offset, 0, k.rows()) : k.rows();
 
-  // Step 1. What stays while the keys pass by. o_tile is divided by row_sum at the end.
-  const Matrix q_tile = scale * q.middleRows(first_query, rows);  // [Br, D]
-  Matrix o_tile = Matrix::Zero(rows, v.cols());                   // [Br, Dv]
-  Vector row_max = Vector::Constant(rows, MINUS_INFINITY);        // [Br]
-  Vector row_sum = Vector::Zero(rows);                            // [Br]
-  Matrix p_tile(rows, std::min(options.block_cols, end));         // [Br, Bc], scores and then weights
+  // Step 1. Nothing is gathered yet.
+  std::vector<QueryPanel> panels;
+  for (Index first = first_query; first < end_query; first += PANEL) {
+    const Index height = std::min<Index>(PANEL, end_query - first);
+    panels.push_back({first, height, Panel::Zero(PANEL, q.cols()), Panel::Zero(PANEL, v.cols()),
+                      Rows::Constant(MINUS_INFINITY), Rows::Zero()});
+    panels.back().q.topRows(height) = scale * q.middleRows(first, height).array();
+  }
 
-  for (Index first_key = 0; first_key < end; first_key += options.block_cols) {
-    const Index cols = std::min(options.block_cols, end - first_key);
-    const auto k_tile = k.middleRows(first_key, cols);  // [Bc, D]
-    const auto v_tile = v.middleRows(first_key, cols);  // [Bc, Dv]
-    // Queries above `top` see none of these keys. Those below see all of them, or, on the diagonal, each one more than
-    // the one above: there, the tile is cut into strips, so that little is computed that nobody sees.
-    const Index top = options.causal ? std::max<Index>(0, first_key - offset - first_query) : 0;
-    const bool diagonal = keys_seen_by(first_query + top) < first_key + cols;
-    const Index strip_rows = diagonal ? DIAGONAL_STRIP : rows;
-    // A weight of 0 leaves a value out only if 0 times the value is 0: neither NaN nor infinite.
-    const bool zero_will_do = !diagonal || (0.0f * v_tile).sum() == 0.0f;
-
-    for (Index first_row = top; first_row < rows; first_row += strip_rows) {
-      const Index height = std::min(strip_rows, rows - first_row);
-      const Index width = std::min(cols, keys_seen_by(first_query + first_row + height - 1) - first_key);
-      auto p_strip = p_tile.block(first_row, 0, height, width);
-
-      // Step 2. S = Q K^T
-      p_strip.noalias() = q_tile.middleRows(first_row, height) * k_tile.topRows(width).transpose();
-
-      // Step 3. P = exp(S - row_max); what was gathered with a smaller maximum shrinks to the new one.
-      for (Index row = first_row; row < first_row + height; ++row) {
-        const Index seen = std::min(width, keys_seen_by(first_query + row) - first_key);
-        auto weights = p_tile.row(row).head(seen).array();
-        const float new_max = std::max(row_max(row), weights.maxCoeff());
-        if (new_max > row_max(row)) {
-          const float rescale = std::exp(row_max(row) - new_max);  // exp(-inf) = 0 for the first tile
-          o_tile.row(row) *= rescale;
-          row_sum(row) *= rescale;
-          row_max(row) = new_max;
-        }
-        weights = (weights - new_max).exp();
-        row_sum(row) += weights.sum();
-        // Set, not exp(-inf): where Eigen 3.4 vectorises exp, that is 1e-38.
-        p_tile.row(row).segment(seen, width - seen).setZero();
-      }
-
-      // Step 4. O += P V
-      if (zero_will_do) {
-        o_tile.middleRows(first_row, height).noalias() += p_strip * v_tile.topRows(width);
-      } else {
-        for (Index row = first_row; row < first_row + height; ++row) {
-          const Index seen = std::min(width, keys_seen_by(first_query + row) - first_key);
-          o_tile.row(row).noalias() += p_tile.row(row).head(seen) * v_tile.topRows(seen);
-        }
-      }
+  // Each tile of keys passes by all panels, while it is in the cache.
+  Panel p(PANEL, std::min(options.block_cols, end_key));
+  for (Index first_key = 0; first_key < end_key; first_key += options.block_cols) {
+    const Index cols = std::min(options.block_cols, end_key - first_key);
+    for (QueryPanel& panel : panels) {
+      const Index seen = options.causal ? panel.first + offset + 1 - first_key : cols;
+      pass_by(k.middleRows(first_key, cols), v.middleRows(first_key, cols), seen, panel, p);
     }
   }
 
   // Step 5. The division that was put off, and log(row_sum) in the units of the scores. Without keys: 0 and -inf.
-  auto target = as_matrix(output).middleRows(first_query, rows);
-  for (Index row = 0; row < rows; ++row) {
-    target.row(row) = o_tile.row(row) / (row_sum(row) > 0.0f ? row_sum(row) : 1.0f);
-    lse(first_query + row) = row_max(row) + std::log(row_sum(row));
+  for (QueryPanel& panel : panels) {
+    const Rows divisor = (panel.row_sum > 0.0f).select(panel.row_sum, 1.0f);
+    for (Index d = 0; d < panel.o.cols(); ++d) panel.o.col(d) /= divisor;
+    as_matrix(output).middleRows(panel.first, panel.height) = panel.o.topRows(panel.height);
+    const Rows panel_lse = panel.row_max + panel.row_sum.log();
+    for (Index row = 0; row < panel.height; ++row) lse(panel.first + row) = panel_lse(row);
   }
 }
 
@@ -105,9 +138,9 @@ TiledResult tiled_forward(View<const float, 4> q, View<const float, 4> k, View<c
     const Index b = task / heads % batch;
     const Index h = task % heads;
     const Index first_query = (row_tiles - 1 - task / (batch * heads)) * options.block_rows;
-    forward_row_tile(as_matrix(q[b][h]), as_matrix(k[b][h]), as_matrix(v[b][h]), first_query,
-                     std::min(options.block_rows, queries - first_query), scale, options, result.output.view()[b][h],
-                     result.lse.view()[b][h]);
+    const Index end_query = std::min(first_query + options.block_rows, queries);
+    forward_row_tile(as_matrix(q[b][h]), as_matrix(k[b][h]), as_matrix(v[b][h]), first_query, end_query, scale, options,
+                     result.output.view()[b][h], result.lse.view()[b][h]);
   });
   return result;
 }
