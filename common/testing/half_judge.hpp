@@ -1,0 +1,90 @@
+// How answers in fp16 and bf16 are judged: against what honest arithmetic of that precision would make of the inputs.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+#include <string>
+#include <type_traits>
+
+#include "common/gpu/half.hpp"
+#include "common/testing/compare.hpp"
+#include "common/testing/report.hpp"
+
+namespace flashkata::testing {
+
+template <typename T>
+constexpr const char* type_name() {
+  return std::is_same_v<T, float> ? "fp32" : std::is_same_v<T, fp16> ? "fp16" : "bf16";
+}
+
+/// Half the spacing of T's numbers near 1: the largest relative error of one rounding.
+template <typename T>
+constexpr double roundoff() {
+  return std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, fp16> ? 0x1p-11 : 0x1p-8;
+}
+
+template <typename T>
+double rounded(double value) {
+  return static_cast<double>(to_float(from_float<T>(static_cast<float>(value))));
+}
+
+/// Calls body(fp16{}), then body(bf16{}).
+template <typename Body>
+void for_both_types(const Body& body) {
+  body(fp16{});
+  body(bf16{});
+}
+
+/// `got` may be wrong by twice the root mean square error and by three times the largest error of `baseline`: the same
+/// computation with scores in float, rounded to T only where `rounds` says, which completes the sentence "allowed are
+/// those of the eager way with float scores, <rounds>". What fp32 arithmetic may add is `arithmetic`.
+template <typename T>
+bool expect_close_in_half(std::string_view name, const Array& got, const Array& want, const Array& baseline,
+                          const Bound& arithmetic, std::string_view rounds, const Axes& axes) {
+  if (got.shape != want.shape) return expect_close(name, got, want, arithmetic, axes);  // says so
+  double squares = 0.0, honest_squares = 0.0, honest_worst = 0.0, floor = 0x1p-24;
+  for (std::size_t i = 0; i < want.count(); ++i) {
+    const double honest = std::abs(baseline.values[i] - want.values[i]);
+    const double error = std::abs(got.values[i] - want.values[i]);
+    squares += error * error;
+    // An honest result may be right by luck, a rounded one is not wrong by less than this on the whole.
+    const double least = roundoff<T>() * std::abs(want.values[i]);
+    honest_squares += std::max(honest * honest, 0.16 * least * least);
+    honest_worst = std::max({honest_worst, honest, least});
+    floor = std::max(floor, arithmetic.relative * arithmetic.magnitude.values[i]);
+  }
+  const double count = std::max(1.0, static_cast<double>(want.count()));
+  const double rms = std::sqrt(squares / count);
+  const double rms_allowed = 2.0 * std::sqrt(honest_squares / count) + floor;
+  const double allowed = 3.0 * honest_worst + floor;
+
+  std::size_t off = 0, nan = 0, first = npos;
+  double worst = 0.0;
+  for (std::size_t i = 0; i < want.count(); ++i) {
+    const double error = std::abs(got.values[i] - want.values[i]);
+    worst = std::max(worst, error);
+    if (std::isnan(error)) ++nan;
+    if (error <= allowed) continue;
+    ++off;
+    if (first == npos) first = i;
+  }
+  if (rms <= rms_allowed && off == 0) return true;
+  std::ostringstream text;
+  text.precision(3);
+  text << type_name<T>() << ": ";
+  if (off > 0) {
+    text << off << " of " << want.count() << " elements off";
+    if (nan > 0) text << ", " << (nan == off ? "all of them" : std::to_string(nan)) << " NaN";
+    text.precision(5);
+    text << "; first at [" << place(want, first, axes) << "]: got " << got.values[first] << ", want "
+         << want.values[first] << "; ";
+    text.precision(3);
+  }
+  text << "rms error " << rms << ", largest " << worst << "; allowed are " << rms_allowed << " and " << allowed
+       << ", 2 x and 3 x those of the eager way with float scores, " << rounds << ' ' << type_name<T>();
+  finding(name, text.str());
+  return false;
+}
+
+}  // namespace flashkata::testing
