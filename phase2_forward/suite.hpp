@@ -8,11 +8,10 @@
 
 namespace flashkata::testing {
 
-/// An error e in a log-sum-exp is a factor exp(e) on every weight made from it: 1e-5, and the rounding of numbers as
+/// An error e in a log-sum-exp is a factor exp(e) on every weight made from it: `basic`, and the rounding of numbers as
 /// large as `largest_score` and as the log-sum-exp itself.
-inline Bound lse_bound(Array lse, double largest_score) {
+inline Bound lse_bound(Array lse, double largest_score, double basic = 1e-5) {
   constexpr double eps = std::numeric_limits<float>::epsilon();
-  constexpr double basic = 1e-5;
   for (double& value : lse.values) {
     const double size = std::isfinite(value) ? std::max(std::abs(value), largest_score) : 0.0;
     value = 1.0 + 2.0 * eps * size / basic;

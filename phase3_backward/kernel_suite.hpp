@@ -137,6 +137,12 @@ inline ForwardResult forward_of(const BackwardInputs& in) {
   return {to_array(result.output), to_array(result.lse)};
 }
 
+/// For several calls with the same inputs: the reference is asked once.
+inline BackwardInputs with_forward(BackwardInputs in) {
+  in.forward = forward_of(in);
+  return in;
+}
+
 // ---- Calls ----------------------------------------------------------------------------------------------------------
 
 struct BackwardOptions {
@@ -460,27 +466,51 @@ bool expect_example(const BackwardStep<T>& step, bool deterministic) {
   return not_so<T>(in, deterministic ? ", deterministic" : "");
 }
 
-/// With queries of 0, a query that sees n keys gives each the weight 1/n. The first 8 channels of its dO are a unit
-/// vector that says which place it has in its group of 8, the next 8 which group of 8 it is in: dV lists who came.
+/// With queries of 0, a query that sees n keys gives each the weight 1/n. Of row i of dO and of K, one of the channels
+/// 0 to 7 says which place it has in its group of 8, one of the channels 8 to 15 which group of 8 it is in: dV lists
+/// who came, and so does dQ, since the values make dS = (+-1 - delta) / n.
 template <typename T>
-bool expect_even_shares(const BackwardStep<T>& step, Index queries, Index keys, bool causal) {
-  BackwardInputs in =
-      inputs_of<T>({.why = "", .queries = queries, .keys = keys, .width = step.width, .causal = causal, .number = 3});
+bool expect_even_shares(const BackwardStep<T>& step, Index queries, Index keys, bool causal, bool deterministic) {
+  BackwardInputs in = inputs_of<T>(
+      {.why = "", .queries = queries, .keys = keys, .width = step.width, .scale = 1.0f, .causal = causal, .number = 3});
   const auto code = [](Index i, Index d) { return d == i % 8 || d == 8 + i / 8 % 8 ? 1.0 : 0.0; };
+  const auto sign = [](Index j) { return j % 2 == 0 ? 1.0 : -1.0; };  // dP of any query and key j
   set<T>(in.inputs.query, [](Index, Index, Index, Index) { return 0.0; });
+  set<T>(in.inputs.key, [&](Index, Index, Index j, Index d) { return code(j, d); });
+  set<T>(in.inputs.value, [&](Index, Index, Index j, Index d) { return d < 8 ? sign(j) : 0.0; });
   set<T>(in.d_output, [&](Index, Index, Index i, Index d) { return code(i, d); });
-  const Gradients got = gradients(step, in);
-  Array want = zeros(got.value);
+  const Gradients got = gradients(step, in, {.deterministic = deterministic});
+
+  Array value = zeros(got.value), query = zeros(got.query), query_size = zeros(got.query);
   for (Index i = 0; i < queries; ++i) {
     const Index seen = keys_seen(causal, i, queries, keys);
+    double delta = 0.0;
+    for (Index j = 0; j < seen; ++j) delta += sign(j) / static_cast<double>(seen);
     for (Index j = 0; j < seen; ++j)
       for (Index d = 0; d < 16; ++d) {
-        want.values[static_cast<std::size_t>(j * step.width + d)] += code(i, d) / static_cast<double>(seen);
+        const auto of_key = static_cast<std::size_t>(j * step.width + d);
+        const auto of_query = static_cast<std::size_t>(i * step.width + d);
+        value.values[of_key] += code(i, d) / static_cast<double>(seen);
+        query.values[of_query] += (sign(j) - delta) * code(j, d) / static_cast<double>(seen);
+        query_size.values[of_query] += (1.0 + std::abs(delta)) * code(j, d) / static_cast<double>(seen);
       }
   }
-  const bool value = expect_close("d_value", got.value, want, {few_roundings<T>(), want}, KEY_AXES);
-  const bool key = expect_all("d_key", got.key, 0.0, 0.0, KEY_AXES, "every query is 0, so d_key should be");
-  return (value && key) || not_so<T>(in);
+  const double tolerance = few_roundings<T>();
+  const bool value_is_right = expect_close("d_value", got.value, value, {tolerance, value}, KEY_AXES);
+  const bool key_is_right = expect_all("d_key", got.key, 0.0, 0.0, KEY_AXES, "every query is 0, so d_key should be");
+  const bool query_is_right = expect_close("d_query", got.query, query, {tolerance, query_size}, QUERY_AXES);
+  return (value_is_right && key_is_right && query_is_right) || not_so<T>(in, deterministic ? ", deterministic" : "");
+}
+
+/// The same by both ways to dQ: fp16 goes the one, bf16 the other, fp32 both; watched, by turns.
+template <typename T>
+bool expect_even_shares(const BackwardStep<T>& step, Index queries, Index keys, bool causal) {
+  for (const bool deterministic : {false, true}) {
+    if (kernels_are_checked() && std::is_same_v<T, float> && deterministic != ((queries + keys) % 2 == 0)) continue;
+    if (!std::is_same_v<T, float> && deterministic != std::is_same_v<T, fp16>) continue;
+    if (!expect_even_shares(step, queries, keys, causal, deterministic)) return false;
+  }
+  return true;
 }
 
 namespace kernel_suite_detail {
@@ -745,17 +775,19 @@ bool expect_blind_are_harmless(const BackwardStep<T>& step, Index queries, Index
       in.d_output.heads()(0, 0, i, d) = i % 2 == 0 ? -INF : NOT_A_NUMBER;
     }
   const Gradients got = gradients(step, in, {.deterministic = deterministic});
+  const Bound bound{few_roundings<T>(), {got.query.shape, std::vector<double>(got.query.count(), 1.0)}};
   const bool same =
-      expect_same(got, want, "when queries that see no key, and their d_output, became NaN and inf", deterministic);
+      expect_same(got, want, "when queries that see no key, and their d_output, became NaN and inf", deterministic) &&
+      (deterministic || expect_close("d_query", got.query, want.query, bound, QUERY_AXES));
   return same || not_so<T>(in, deterministic ? ", deterministic" : "");
 }
 
 /// In head 0 nothing is wrong; in head h a key holds poison h - 1, or its value does. Queries that do not see that key
-/// have the same gradients, bit for bit, in all heads.
+/// have the same gradients in all heads, bit for bit where the answer is deterministic.
 enum class Poisoned { key, value };
 template <typename T>
 bool expect_forbidden_is_harmless(const BackwardStep<T>& step, Index queries, Index keys, Index place,
-                                  Poisoned poisoned) {
+                                  Poisoned poisoned, bool deterministic) {
   constexpr std::array<float, 4> POISONS{-3e4f, INF, -INF, NOT_A_NUMBER};
   const BackwardInputs one =
       inputs_of<T>({.why = "", .queries = queries, .keys = keys, .width = step.width, .causal = true, .number = 8});
@@ -766,20 +798,24 @@ bool expect_forbidden_is_harmless(const BackwardStep<T>& step, Index queries, In
       tensor.heads()(0, h, place, d) = POISONS[static_cast<std::size_t>(h) - 1];
     }
   }
-  const Gradients got = gradients(step, in, {.deterministic = true});
+  const Gradients got = gradients(step, in, {.deterministic = deterministic});
+  const auto row_of = [&](const Array& head, Index i) {
+    const auto begin = head.values.begin() + i * step.width;
+    return Array{{step.width}, {begin, begin + step.width}};
+  };
   const Array clean = head_of(got.query, 0, 0);
   for (Index h = 1; h < 5; ++h) {
     const Array head = head_of(got.query, 0, h);
     for (Index i = 0; i < queries && place >= keys_seen(true, i, queries, keys); ++i) {
-      const auto row = [&](const Array& all) {
-        const auto begin = all.values.begin() + i * step.width;
-        return Array{{step.width}, {begin, begin + step.width}};
-      };
+      const Array want = row_of(clean, i);
+      const Bound bound{few_roundings<T>(), {want.shape, std::vector<double>(want.count(), 1.0)}};
       const std::string why = "of query " + std::to_string(i) + " when " +
                               (poisoned == Poisoned::key ? "key " : "the value of key ") + std::to_string(place) +
                               ", which it may not see, became " +
                               std::to_string(POISONS[static_cast<std::size_t>(h) - 1]);
-      if (!expect_same_bits("d_query", row(head), row(clean), {"channel"}, why)) return not_so<T>(in);
+      const bool same = deterministic ? expect_same_bits("d_query", row_of(head, i), want, {"channel"}, why)
+                                      : expect_close("d_query " + why, row_of(head, i), want, bound, {"channel"});
+      if (!same) return not_so<T>(in, deterministic ? ", deterministic" : "");
     }
   }
   return true;
@@ -812,7 +848,7 @@ bool expect_heads_apart(const BackwardStep<T>& step, Index queries, Index keys, 
 /// The same numbers in other places of memory, gradients too, with NaN between and behind the rows.
 template <typename T>
 bool expect_layouts_do_not_matter(const BackwardStep<T>& step, const AttentionCase& sizes) {
-  const BackwardInputs in = inputs_of<T>(sizes);
+  const BackwardInputs in = with_forward(inputs_of<T>(sizes));
   const Gradients want = gradients(step, in, {.deterministic = true});
   const std::vector<Layouts> all{MIXED, MIXED_OTHERWISE, TOKENS, APART};
   const std::vector<Layouts> tried(all.begin(), kernels_are_checked() ? all.begin() + 1 : all.end());
@@ -836,6 +872,7 @@ bool expect_repeated_d_output(const BackwardStep<T>& step, const AttentionCase& 
       return static_cast<double>(
           before.d_output.heads()(repeated[0] ? 0 : b, repeated[1] ? 0 : h, repeated[2] ? 0 : s, d));
     });
+    in.forward = forward_of(in);
     const Gradients want = gradients(step, in, {.deterministic = true});
     const Gradients got = gradients(step, in, {.deterministic = true, .repeated = repeated});
     if (!expect_same(got, want, "when d_output was stored once, with a stride of 0,")) return not_so<T>(in);
@@ -846,7 +883,7 @@ bool expect_repeated_d_output(const BackwardStep<T>& step, const AttentionCase& 
 /// Another problem of the same shape leaves its gradients and its scratch behind, then this one's are asked for twice.
 template <typename T>
 bool expect_memory_may_hold_anything(const BackwardStep<T>& step, AttentionCase sizes, bool deterministic) {
-  const BackwardInputs in = inputs_of<T>(sizes);
+  const BackwardInputs in = with_forward(inputs_of<T>(sizes));
   sizes.number += 1;
   const BackwardInputs other = inputs_of<T>(sizes);
   const BackwardOptions options{.deterministic = deterministic};
@@ -862,19 +899,47 @@ bool expect_memory_may_hold_anything(const BackwardStep<T>& step, AttentionCase 
   return true;
 }
 
-/// Blocks and threads run in another order each time. Only d_query may notice, and only without `deterministic`.
+/// Blocks and threads run in another order each time. dK and dV have the same bits.
 template <typename T>
-bool expect_order_does_not_matter(const BackwardStep<T>& step, const AttentionCase& sizes, bool deterministic) {
-  const BackwardInputs in = inputs_of<T>(sizes);
-  const BackwardOptions options{.deterministic = deterministic};
+bool expect_order_does_not_matter(const BackwardStep<T>& step, const AttentionCase& sizes) {
+  const BackwardInputs in = with_forward(inputs_of<T>(sizes));
   const Judgement<T> judgement(in);
-  const Gradients want = gradients(step, in, options);
+  const Gradients want = gradients(step, in);
   for (const std::uint64_t seed : {1u, 2u}) {
     if (kernels_are_checked() && seed > 1) continue;  // who is watched races in any order
     const AnotherOrder order(seed);
-    const Gradients got = gradients(step, in, options);
-    if (!expect_same(got, want, "when blocks and threads ran in another order", deterministic)) return not_so<T>(in);
+    const Gradients got = gradients(step, in);
+    if (!expect_same(got, want, "when blocks and threads ran in another order", false)) return not_so<T>(in);
     if (!expect_gradients(got, judgement)) return not_so<T>(in, ", in another order");
+  }
+  return true;
+}
+
+/// With `deterministic` dQ, too, has the same bits. It is a sum of large numbers that cancel and small ones that stay,
+/// so that hardly two orders of summation give the same: queries are 0 and weights therefore alike, the last third of
+/// the keys is minus the first, with the same values, and the second third is small.
+template <typename T>
+bool expect_deterministic(const BackwardStep<T>& step, Index queries, Index third) {
+  static_assert(!std::is_same_v<T, fp16>, "needs numbers of very different size");
+  BackwardInputs in = inputs_of<T>(
+      {.why = "", .queries = queries, .keys = 3 * third, .width = step.width, .scale = 1.0f, .number = 18});
+  const BackwardInputs before = in;
+  set<T>(in.inputs.query, [](Index, Index, Index, Index) { return 0.0; });
+  set<T>(in.inputs.key, [third, view = before.inputs.key.heads()](Index b, Index h, Index s, Index d) {
+    const double size = s < third ? 65536.0 : s < 2 * third ? 1.0 : -65536.0;
+    return size * static_cast<double>(view(b, h, s % third, d));
+  });
+  set<T>(in.inputs.value, [third, view = before.inputs.value.heads()](Index b, Index h, Index s, Index d) {
+    return static_cast<double>(view(b, h, s % third, d));
+  });
+  in.forward = forward_of(in);
+  const Gradients want = gradients(step, in, {.deterministic = true});
+  for (const std::uint64_t seed : {1u, 2u, 3u}) {
+    if (kernels_are_checked() && seed > 1) continue;
+    const AnotherOrder order(seed);
+    const Gradients got = gradients(step, in, {.deterministic = true});
+    if (!expect_same(got, want, "when blocks and threads ran in another order"))
+      return not_so<T>(in, ", deterministic");
   }
   return true;
 }

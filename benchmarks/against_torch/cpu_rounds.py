@@ -70,7 +70,7 @@ def options(description, arguments=None):
     parser.add_argument("--library", type=pathlib.Path, help="what --keep kept, instead of building")
     parser.add_argument("--keep", type=pathlib.Path, metavar="FILE.so", help="where to leave the library")
     parser.add_argument("--compiler", default="g++")
-    parser.add_argument("--flags", default="", help="more compiler flags, in one argument")
+    parser.add_argument("--flags", default="", help="more compiler flags, as in --flags=-I/opt/eigen3")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}), help="default: 1 and all")
     parser.add_argument("--cells", type=int, nargs="+", default=range(len(SHAPES)), help=f"which (S, D) of {SHAPES}")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row, at least")

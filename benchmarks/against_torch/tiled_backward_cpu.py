@@ -6,7 +6,7 @@
 
 Each answer is compared with float64 before it is timed; the two are called in turn in one process on the same random
 inputs, each with what its own forward pass left behind. GFLOP/s count 10 S^2 D H operations, five products, or half of
-them if causal. Needs PyTorch, g++ and Eigen 3.4 (--flags -I... if it lies elsewhere). PyTorch has its flash kernel for
+them if causal. Needs PyTorch, g++ and Eigen 3.4 (--flags=-I... if it lies elsewhere). PyTorch has its flash kernel for
 CPUs from 2.2 on; 1.13 is measured by the gradient of the formula, which keeps all S x S weights in memory.
 """
 
@@ -31,9 +31,9 @@ using namespace flashkata;
 
 extern "C" {
 void forward(const float* q, const float* k, const float* v, float* output, float* lse, Index heads, Index length,
-             Index width, bool causal) {
+             Index width, bool causal, int threads) {
   const Shape<4> shape{1, heads, length, width};
-  const TiledResult result = tiled_forward({q, shape}, {k, shape}, {v, shape}, {.causal = causal});
+  const TiledResult result = tiled_forward({q, shape}, {k, shape}, {v, shape}, {.causal = causal, .threads = threads});
   std::copy_n(result.output.data(), result.output.count(), output);
   std::copy_n(result.lse.data(), result.lse.count(), lse);
 }
@@ -67,10 +67,11 @@ class Ours:
         for function in (library.backward, *self.gradients):
             function.restype = ctypes.c_void_p
 
-    def forward(self, q, k, v, causal):
-        """Output and lse."""
+    def forward(self, q, k, v, causal, threads):
+        """Output and lse, on as many threads as what is measured: a thread stays on the cores of who started it."""
         output, lse = torch.empty_like(q), torch.empty(q.shape[:3])
-        self.library.forward(*pointers(q, k, v, output, lse), *sizes(q), ctypes.c_bool(causal))
+        arguments = [*pointers(q, k, v, output, lse), *sizes(q), ctypes.c_bool(causal), ctypes.c_int(threads)]
+        self.library.forward(*arguments)
         return output, lse
 
     def backward(self, tensors, causal, threads):
@@ -116,7 +117,7 @@ def main():
 
     def contest(cell):
         q, k, v, d_output = (torch.randn(1, cpu_rounds.HEADS, cell.length, cell.width) for _ in range(4))
-        tensors = (q, k, v, *ours.forward(q, k, v, cell.causal), d_output)
+        tensors = (q, k, v, *ours.forward(q, k, v, cell.causal, cell.threads), d_output)
         gradients = ours.copies(tensors, cell.causal, cell.threads)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         output = cpu_rounds.attention(*leaves, cell.causal)

@@ -5,7 +5,7 @@
     benchmarks/against_torch/tiled_forward_cpu.py --answers .      your own
 
 Each answer is compared with float64 before it is timed; the two are called in turn in one process on the same random
-inputs. GFLOP/s count 4 S^2 D H operations, half of them if causal. Needs PyTorch, g++ and Eigen 3.4 (--flags -I... if it
+inputs. GFLOP/s count 4 S^2 D H operations, half of them if causal. Needs PyTorch, g++ and Eigen 3.4 (--flags=-I... if it
 lies elsewhere). PyTorch has its flash kernel for CPUs from 2.2 on; 1.13 is measured by its only one, the formula, which
 writes all S x S weights to memory.
 """

@@ -36,18 +36,30 @@ void for_both_types(const Body& body) {
   body(bf16{});
 }
 
+/// How wrong an answer is, and how wrong it may be.
+struct HalfErrors {
+  double rms = 0.0, worst = 0.0;
+  double rms_allowed = 0.0, worst_allowed = 0.0;
+
+  /// Which part of what is allowed has been used up; beyond 1 the answer is wrong.
+  double share() const {
+    const double one = rms / rms_allowed;
+    const double other = worst / worst_allowed;
+    return std::isnan(one + other) ? INFINITY : std::max(one, other);
+  }
+};
+
 /// `got` may be wrong by twice the root mean square error and by three times the largest error of `baseline`: the same
-/// computation with scores in float, rounded to T only where `rounds` says, which completes the sentence "allowed are
-/// those of the eager way with float scores, <rounds>". What fp32 arithmetic may add is `arithmetic`.
+/// computation with scores in float, rounded to T as little as can be. What fp32 arithmetic may add is `arithmetic`.
 template <typename T>
-bool expect_close_in_half(std::string_view name, const Array& got, const Array& want, const Array& baseline,
-                          const Bound& arithmetic, std::string_view rounds, const Axes& axes) {
-  if (got.shape != want.shape) return expect_close(name, got, want, arithmetic, axes);  // says so
+HalfErrors half_errors(const Array& got, const Array& want, const Array& baseline, const Bound& arithmetic) {
   double squares = 0.0, honest_squares = 0.0, honest_worst = 0.0, floor = 0x1p-24;
+  HalfErrors errors;
   for (std::size_t i = 0; i < want.count(); ++i) {
     const double honest = std::abs(baseline.values[i] - want.values[i]);
     const double error = std::abs(got.values[i] - want.values[i]);
     squares += error * error;
+    if (!(error <= errors.worst)) errors.worst = error;
     // An honest result may be right by luck, a rounded one is not wrong by less than this on the whole.
     const double least = roundoff<T>() * std::abs(want.values[i]);
     honest_squares += std::max(honest * honest, 0.16 * least * least);
@@ -55,21 +67,29 @@ bool expect_close_in_half(std::string_view name, const Array& got, const Array& 
     floor = std::max(floor, arithmetic.relative * arithmetic.magnitude.values[i]);
   }
   const double count = std::max(1.0, static_cast<double>(want.count()));
-  const double rms = std::sqrt(squares / count);
-  const double rms_allowed = 2.0 * std::sqrt(honest_squares / count) + floor;
-  const double allowed = 3.0 * honest_worst + floor;
+  errors.rms = std::sqrt(squares / count);
+  errors.rms_allowed = 2.0 * std::sqrt(honest_squares / count) + floor;
+  errors.worst_allowed = 3.0 * honest_worst + floor;
+  return errors;
+}
 
+/// A finding unless the errors are within what half_errors() allows. `rounds` says where `baseline` is rounded; it
+/// completes the sentence "allowed are those of the eager way with float scores, <rounds>".
+template <typename T>
+bool expect_close_in_half(std::string_view name, const Array& got, const Array& want, const Array& baseline,
+                          const Bound& arithmetic, std::string_view rounds, const Axes& axes) {
+  if (got.shape != want.shape) return expect_close(name, got, want, arithmetic, axes);  // says so
+  const HalfErrors errors = half_errors<T>(got, want, baseline, arithmetic);
+  const double allowed = errors.worst_allowed;
   std::size_t off = 0, nan = 0, first = npos;
-  double worst = 0.0;
   for (std::size_t i = 0; i < want.count(); ++i) {
     const double error = std::abs(got.values[i] - want.values[i]);
-    worst = std::max(worst, error);
     if (std::isnan(error)) ++nan;
     if (error <= allowed) continue;
     ++off;
     if (first == npos) first = i;
   }
-  if (rms <= rms_allowed && off == 0) return true;
+  if (errors.rms <= errors.rms_allowed && off == 0) return true;
   std::ostringstream text;
   text.precision(3);
   text << type_name<T>() << ": ";
@@ -81,8 +101,9 @@ bool expect_close_in_half(std::string_view name, const Array& got, const Array& 
          << want.values[first] << "; ";
     text.precision(3);
   }
-  text << "rms error " << rms << ", largest " << worst << "; allowed are " << rms_allowed << " and " << allowed
-       << ", 2 x and 3 x those of the eager way with float scores, " << rounds << ' ' << type_name<T>();
+  text << "rms error " << errors.rms << ", largest " << errors.worst << "; allowed are " << errors.rms_allowed
+       << " and " << allowed << ", 2 x and 3 x those of the eager way with float scores, " << rounds << ' '
+       << type_name<T>();
   finding(name, text.str());
   return false;
 }

@@ -12,7 +12,7 @@ namespace flashkata {
 struct TiledOptions {
   bool causal = false;           // key j is visible to query i when j <= i + Sk - Sq
   std::optional<float> scale{};  // multiplies query key^T; default 1 / sqrt(D)
-  Index block_rows = 192;        // Br: queries in a tile
+  Index block_rows = 256;        // Br: queries in a tile
   Index block_cols = 256;        // Bc: keys in a tile
   int threads = 0;               // at most so many; 0: as many as there are cores; 1: the calling thread alone
 };

@@ -10,9 +10,9 @@ namespace flashkata {
 /// end.
 ///
 /// Shapes, strides and options as in phase2_forward/flash.hpp. A query that may attend to nothing gets output 0 and lse
-/// -inf. What a forbidden key holds, NaN and inf included, reaches no query that may not attend to it. Its value must
-/// be finite where other queries of the same tile may attend to it: a tensor core multiplies it by a weight of 0, and 0
-/// times NaN is NaN. The same inputs give the same bits. Device memory: none beyond the arguments.
+/// -inf. What a forbidden key or its value holds, NaN and inf included, changes no bit of a query that may not attend
+/// to it; a NaN that a query may attend to makes its output NaN. The same inputs give the same bits. Device memory:
+/// none beyond the arguments.
 void flash_forward_mma(const FlashForward<fp16>& problem, const Stream& stream = {});
 void flash_forward_mma(const FlashForward<bf16>& problem, const Stream& stream = {});
 

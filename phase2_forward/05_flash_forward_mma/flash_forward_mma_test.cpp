@@ -3,20 +3,23 @@
 #include "flash_forward_mma.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <functional>
 #include <limits>
-#include <numeric>
-#include <optional>
+#include <tuple>
 
-#include "common/testing/kernel.hpp"
-#include "phase2_forward/suite.hpp"
+#include "common/testing/flash_cases.hpp"
+#include "common/testing/fragment_map.hpp"
+#include "common/virtual_gpu/findings.hpp"
+#include "phase2_forward/kernel_suite.hpp"
 
 using namespace flashkata;
 using namespace flashkata::testing;
 
 namespace {
+
+using Sizes = ForwardSizes;
+using Options = ForwardOptions;
+using Answer = ForwardAnswer;
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
@@ -24,194 +27,84 @@ const Axes OUTPUT = {"batch", "head", "query", "channel"};
 const Axes LSE = {"batch", "head", "query"};
 
 template <typename T>
-const char* type_name() {
-  return std::is_same_v<T, fp16> ? "fp16" : "bf16";
-}
-
-// Half the spacing of T's numbers near 1: the largest relative error of one rounding.
-template <typename T>
-constexpr double roundoff() {
-  return std::is_same_v<T, fp16> ? 0x1p-11 : 0x1p-8;
+Answer call(const ForwardInputs<T>& in, const Options& options, bool judge = true) {
+  return forward<T>([](const FlashForward<T>& problem) { flash_forward_mma(problem); }, in, options, judge);
 }
 
 template <typename T>
-double rounded(double value) {
-  return static_cast<double>(to_float(from_float<T>(static_cast<float>(value))));
+Answer attend(const Sizes& sizes, const Options& options, const Fill& q, const Fill& k, const Fill& v) {
+  return call(ForwardInputs<T>(sizes, q, k, v), options);
 }
 
-template <typename Body>
-void for_both_types(const Body& body) {
-  body(fp16{});
-  body(bf16{});
-}
-
-// The number in place [b, h, s, d].
-using Fill = std::function<double(Index, Index, Index, Index)>;
-Fill everywhere(double value) {
-  return [value](Index, Index, Index, Index) { return value; };
-}
-
-// Between -2 and 2, from the place alone.
-Fill noise(unsigned seed) {
-  return [seed](Index b, Index h, Index s, Index d) {
-    std::uint32_t x = seed * 0x9e3779b9u;
-    for (const Index part : {b, h, s, d}) {
-      x = (x ^ static_cast<std::uint32_t>(part)) * 0x85ebca6bu;
-      x ^= x >> 15;
-    }
-    return (static_cast<double>(x >> 16) - 32768.0) / 16384.0;
-  };
-}
-
-// [B, H, S, D] in a larger buffer of NaN. `gap` < 0: head after head; otherwise token after token, as [B, S, H, D],
-// with `gap` elements of NaN after each token.
-template <typename T>
-class Guarded {
- public:
-  Guarded(const char* name, const Shape<4>& shape, Index gap)
-      : shape_(shape), strides_(layout(shape, gap)), buffer_(name, size(shape, gap)) {}
-
-  View<T, 4> view() { return {buffer_.data() + GUARD, shape_, strides_}; }
-
-  void fill(const Fill& value) {
-    std::vector<T> memory(buffer_.size(), T{0xffff});  // NaN
-    const View<T, 4> host(memory.data() + GUARD, shape_, strides_);
-    each([&](Index b, Index h, Index s, Index d) { host(b, h, s, d) = from_float<T>(float(value(b, h, s, d))); });
-    buffer_.upload(memory);
-  }
-
-  void poison() { buffer_.poison(); }
-
-  /// The elements; a finding if one that is not ours has been written.
-  Array values() const {
-    std::vector<T> memory = buffer_.download();
-    const View<T, 4> host(memory.data() + GUARD, shape_, strides_);
-    Array result{{shape_.begin(), shape_.end()}, {}};
-    each([&](Index b, Index h, Index s, Index d) {
-      result.values.push_back(static_cast<double>(to_float(host(b, h, s, d))));
-      host(b, h, s, d).x = 0xffff;
-    });
-    const bool intact = std::all_of(memory.begin(), memory.end(), [](T value) { return value.x == 0xffff; });
-    expect(intact, "guards", "memory around " + buffer_.name() + " was written");
-    return result;
-  }
-
- private:
-  static constexpr Index GUARD = 64;
-
-  static Shape<4> layout(const Shape<4>& shape, Index gap) {
-    const auto [batch, heads, tokens, width] = shape;
-    if (gap < 0) return {heads * tokens * width, tokens * width, width, 1};
-    const Index token = heads * width + gap;
-    return {tokens * token, width, token, 1};
-  }
-  static std::size_t size(const Shape<4>& shape, Index gap) {
-    const Index gaps = std::max<Index>(gap, 0) * shape[0] * shape[2];
-    return static_cast<std::size_t>(2 * GUARD + gaps + shape[0] * shape[1] * shape[2] * shape[3]);
-  }
-  template <typename Body>
-  void each(const Body& body) const {
-    for (Index b = 0; b < shape_[0]; ++b)
-      for (Index h = 0; h < shape_[1]; ++h)
-        for (Index s = 0; s < shape_[2]; ++s)
-          for (Index d = 0; d < shape_[3]; ++d) body(b, h, s, d);
-  }
-
-  Shape<4> shape_, strides_;
-  DeviceBuffer<T> buffer_;
-};
-
-struct Result {
-  Array output;  // [B, H, Sq, D]
-  Array lse;     // [B, H, Sq]
-  std::vector<KernelProfile> profiles;
-};
-
-struct Sizes {
-  Index batch = 1, heads = 1, queries = 1, keys = 1, width = 16;
-  Index gap = -1;
-
-  std::string text() const {
-    return std::to_string(queries) + " queries, " + std::to_string(keys) + " keys, D = " + std::to_string(width);
-  }
-};
-
-struct Options {
-  bool causal = false;
-  std::optional<float> scale = {};
-};
-
-// A problem with its memory; outputs are NaN before every call. Token after token, no two tensors have the same
-// strides.
-template <typename T>
-class Attention {
- public:
-  explicit Attention(const Sizes& s)
-      : lse_shape_{s.batch, s.heads, s.queries},
-        query("query", {s.batch, s.heads, s.queries, s.width}, s.gap),
-        key("key", {s.batch, s.heads, s.keys, s.width}, s.gap < 0 ? s.gap : s.gap + 8),
-        value("value", {s.batch, s.heads, s.keys, s.width}, s.gap < 0 ? s.gap : s.gap + 16),
-        output_("output", {s.batch, s.heads, s.queries, s.width}, s.gap < 0 ? s.gap : s.gap + 24),
-        lse_("lse", static_cast<std::size_t>(s.batch * s.heads * s.queries + 2 * LSE_GUARD)) {}
-
-  void fill(const Fill& q, const Fill& k, const Fill& v) {
-    query.fill(q);
-    key.fill(k);
-    value.fill(v);
-  }
-
-  FlashForward<T> problem(const Options& options) {
-    return {
-        query.view(),   key.view(),   value.view(), output_.view(), View<float, 3>(lse_.data() + LSE_GUARD, lse_shape_),
-        options.causal, options.scale};
-  }
-
-  Result run(const Options& options) {
-    output_.poison();
-    lse_.poison();
-    const FlashForward<T> call = problem(options);
-    reset_peak_device_bytes();
-    const std::size_t before = device_bytes();
-    std::vector<KernelProfile> profiles = run_kernels([&] { flash_forward_mma(call); });
-    expect(peak_device_bytes() == before, "memory",
-           std::to_string(peak_device_bytes() - before) + " bytes of device memory beyond the arguments");
-    Result result{output_.values(), {}, std::move(profiles)};
-    std::vector<float> memory = lse_.download();
-    result.lse.shape = {lse_shape_.begin(), lse_shape_.end()};
-    result.lse.values.assign(memory.begin() + LSE_GUARD, memory.end() - LSE_GUARD);
-    std::fill(memory.begin() + LSE_GUARD, memory.end() - LSE_GUARD, std::bit_cast<float>(0xffffffffu));
-    const bool intact = std::all_of(memory.begin(), memory.end(),
-                                    [](float value) { return std::bit_cast<std::uint32_t>(value) == 0xffffffffu; });
-    expect(intact, "guards", "memory around lse was written");
-    return result;
-  }
-
- private:
-  static constexpr Index LSE_GUARD = 8;
-  Shape<3> lse_shape_;
-
- public:
-  Guarded<T> query, key, value;
-
- private:
-  Guarded<T> output_;
-  DeviceBuffer<float> lse_;
-};
-
-template <typename T>
-Result attend(const Sizes& sizes, const Options& options, const Fill& q, const Fill& k, const Fill& v) {
-  Attention<T> attention(sizes);
-  attention.fill(q, k, v);
-  return attention.run(options);
-}
-
-bool expect_same(const Result& got, const Result& want, const std::string& why) {
+bool expect_same(const Answer& got, const Answer& want, const std::string& why) {
   const bool output = expect_same_bits("output", got.output, want.output, OUTPUT, why);
   return expect_same_bits("lse", got.lse, want.lse, LSE, why) && output;
 }
 
-// ---- Needles: query i meets key `target(i)` and no other
-// --------------------------------------------------------------
+// Calls the answer and compares about `rows` rows of each head.
+template <typename T>
+bool expect_attention(const ForwardInputs<T>& in, const Options& options,
+                      Index rows = std::numeric_limits<Index>::max()) {
+  const Answer got = call(in, options);
+  const Shape<4> shape = in.query.view().shape();
+  const double scale = static_cast<double>(options.scale.value_or(1.0f / std::sqrt(static_cast<float>(shape[3]))));
+  const ForwardRows want = forward_rows(in, options.causal, scale, spread_rows(shape[2], rows));
+  const bool lse = expect_close("lse", want.of(got.lse), want.lse, lse_bound_of<T>(want), LSE);
+  const bool output = expect_close_in_half<T>("output", want.of(got.output), want.output, want.baseline,
+                                              arithmetic_of(want), "whose weights and output are rounded to", OUTPUT);
+  if (!lse || !output) finding("of", std::string(type_name<T>()) + (options.causal ? ", causal" : ""));
+  return lse && output;
+}
+
+template <typename T>
+bool expect_attention(const Sizes& sizes, const Options& options, const Fill& q, const Fill& k, const Fill& v,
+                      Index rows = std::numeric_limits<Index>::max()) {
+  if (expect_attention(ForwardInputs<T>(sizes, q, k, v), options, rows)) return true;
+  finding("of", sizes.text());
+  return false;
+}
+
+// A numbered case's numbers, rounded to T.
+template <typename T>
+ForwardInputs<T> inputs_of(const FlashCase& c) {
+  const AttentionInputs inputs = make_inputs(c.problem);
+  const auto of = [](const TokenTensor& tensor) -> Fill {
+    return
+        [view = tensor.heads()](Index b, Index h, Index s, Index d) { return static_cast<double>(view(b, h, s, d)); };
+  };
+  const AttentionCase& p = c.problem;
+  return {{p.batch, p.heads, p.queries, p.keys, p.width}, of(inputs.query), of(inputs.key), of(inputs.value)};
+}
+
+// Scores near -20000 come from numbers that fp16 does not hold.
+template <typename T>
+bool is_finite(const ForwardInputs<T>& in) {
+  const auto finite = [](const Tensor<float, 4>& tensor) {
+    const float* first = tensor.view().data();
+    return std::all_of(first, first + tensor.view().count(), [](float x) { return std::isfinite(x); });
+  };
+  return finite(in.query) && finite(in.key) && finite(in.value);
+}
+
+Options options_of(const FlashCase& c) {
+  return {.causal = c.problem.causal, .scale = c.problem.scale, .layouts = c.layouts};
+}
+
+// Numbers are judged, and recognised, in the fast executable.
+const Recognise recognise_mma(numbers(flash_cases()), [](int number) -> std::vector<Array> {
+  if (kernels_are_checked()) throw NotImplemented(__FILE__);
+  const FlashCase& c = flash_cases().at(static_cast<std::size_t>(number) - 1);
+  std::vector<Array> outputs;
+  for_both_types([&](auto type) {
+    Answer answer = call(inputs_of<decltype(type)>(c), options_of(c), /*judge=*/false);
+    if (!take_findings().empty()) throw std::runtime_error("a kernel was abandoned");
+    outputs.push_back(std::move(answer.output));
+    outputs.push_back(std::move(answer.lse));
+  });
+  return outputs;
+});
+
+// ---- Needles: query i meets key `target(i)` and no other ------------------------------------------------------------
 
 // Every number below 256 as +-2 in eight channels, again and again. Under needle_scale() two equal codes have the score
 // 256, and codes that differ in one bit 64 less: all exact in 16 bits.
@@ -220,314 +113,69 @@ float needle_scale(Index width) { return 64.0f / static_cast<float>(width); }
 
 using Target = std::function<Index(Index)>;
 
-template <typename T>
-Result find_needles(const Sizes& sizes, bool causal, const Target& target, const Fill& v) {
-  return attend<T>(
-      sizes, {.causal = causal, .scale = needle_scale(sizes.width)},
-      [&](Index, Index, Index i, Index d) { return code(target(i), d); },
-      [](Index, Index, Index j, Index d) { return code(j, d); }, v);
-}
-
-// The others' weights are exp(-64) and less.
-bool arrived(double got, Index want) { return std::abs(got - static_cast<double>(want)) < 1e-20; }
-
-// What a lane of the output's C fragments holds, for one tile of 16 queries and 8 channels: which key's value, and
-// which channel of it, came out where.
-void print_fragment_map(const Array& key_found, const Array& channel_found, Index queries, Index width, Index row,
-                        Index column, const Target& target) {
-  const auto number = [](double value) {
-    const bool whole = std::isfinite(value) && std::abs(value - std::round(value)) < 1e-20 && std::abs(value) < 1e6;
-    return whole ? std::to_string(std::lround(value)) : std::string("?");
-  };
-  row -= row % 16;
-  column -= column % 8;
-  finding("map", "V[key,channel] that arrived in this 16 x 8 tile of the output, channels " + std::to_string(column) +
-                     " to " + std::to_string(column + 7) +
-                     "; lane = 4 (row % 8) + (column % 8) / 2, registers c[0], "
-                     "c[1] above row 8 and c[2], c[3] from row 8 on");
-  for (Index i = row; i < std::min(queries, row + 16); ++i) {
-    std::string line;
-    bool wrong = false;
-    for (Index d = column; d < column + 8; ++d) {
-      const auto at = static_cast<std::size_t>(i * width + d);
-      line += number(key_found.values[at]) + "," + number(channel_found.values[at]) + "  ";
-      wrong = wrong || !arrived(key_found.values[at], target(i)) || !arrived(channel_found.values[at], d);
-    }
-    if (wrong) finding("query " + std::to_string(i), line + "want key " + std::to_string(target(i)));
-  }
-}
-
-// Two calls: one whose values are the numbers of their keys, one whose values are the numbers of their channels.
+// Two calls: one whose values are the numbers of their keys, one whose values are the numbers of their channels. The
+// others' weights are exp(-64) and less.
 template <typename T>
 bool expect_needles(const Sizes& sizes, bool causal, const Target& target) {
-  const Array keys =
-      find_needles<T>(sizes, causal, target, [](Index, Index, Index j, Index) { return double(j); }).output;
-  const Array channels =
-      find_needles<T>(sizes, causal, target, [](Index, Index, Index, Index d) { return double(d); }).output;
-  for (Index i = 0; i < sizes.queries; ++i) {
-    for (Index d = 0; d < sizes.width; ++d) {
-      const auto at = static_cast<std::size_t>(i * sizes.width + d);
-      if (arrived(keys.values[at], target(i)) && arrived(channels.values[at], d)) continue;
-      std::ostringstream text;
-      text << type_name<T>() << ", " << sizes.text() << ": at [query " << i << ", channel " << d << "] arrived key "
-           << keys.values[at] << ", channel " << channels.values[at] << "; want key " << target(i) << ", channel " << d;
-      finding("output", text.str());
-      print_fragment_map(keys, channels, sizes.queries, sizes.width, i, d, target);
-      return false;
-    }
-  }
-  return true;
+  const auto find = [&](const Fill& v) {
+    Array found = attend<T>(
+                      sizes, {.causal = causal, .scale = needle_scale(sizes.width)},
+                      [&](Index, Index, Index i, Index d) { return code(target(i), d); },
+                      [](Index, Index, Index j, Index d) { return code(j, d); }, v)
+                      .output;
+    found.shape = {sizes.queries, sizes.width};
+    return found;
+  };
+  const Array keys = find([](Index, Index, Index j, Index) { return double(j); });
+  const Array channels = find([](Index, Index, Index, Index d) { return double(d); });
+  const Arrival arrival{
+      .name = "output", .axis = "query", .from = "V[key,channel]", .source = target, .tolerance = 1e-20};
+  if (expect_arrived(keys, channels, arrival)) return true;
+  finding("of", std::string(type_name<T>()) + ", " + sizes.text() + (causal ? ", causal" : ""));
+  return false;
 }
 
-// ---- The float64 reference, and what honest 16-bit rounding does to it
-// ------------------------------------------------
-
-struct Row {
-  std::vector<double> output;    // exact
-  std::vector<double> baseline;  // the weights rounded to T, and the output
-  std::vector<double> size;      // sum of |weight value|
-  double lse = 0.0;
-  double largest_score = 0.0;
-};
-
-using Matrix64 = std::vector<std::vector<double>>;
-
+// In each head but the first, keys from a certain one on hold poison, in K, in V or in both. Queries that may not see
+// them have the bits of the clean first head.
 template <typename T>
-Row reference_row(const std::vector<double>& q, const Matrix64& k, const Matrix64& v, Index seen, double scale) {
-  const std::size_t width = q.size();
-  Row row{std::vector<double>(width), std::vector<double>(width), std::vector<double>(width)};
-  row.lse = -INF;
-  if (seen == 0) return row;
-  std::vector<double> scores;
-  for (std::size_t j = 0; j < static_cast<std::size_t>(seen); ++j) {
-    scores.push_back(scale * std::inner_product(q.begin(), q.end(), k[j].begin(), 0.0));
-    row.largest_score = std::max(row.largest_score, std::abs(scores.back()));
-  }
-  const double largest = *std::max_element(scores.begin(), scores.end());
-  double sum = 0.0;
-  for (const double score : scores) sum += std::exp(score - largest);
-  row.lse = largest + std::log(sum);
-  for (std::size_t j = 0; j < scores.size(); ++j) {
-    const double weight = std::exp(scores[j] - row.lse);
-    const double weight16 = rounded<T>(weight);
-    for (std::size_t d = 0; d < width; ++d) {
-      row.output[d] += weight * v[j][d];
-      row.baseline[d] += weight16 * v[j][d];
-      row.size[d] += weight * std::abs(v[j][d]);
-    }
-  }
-  for (double& value : row.baseline) value = rounded<T>(value);
-  return row;
-}
-
-// Errors of the answer and of the baseline, gathered over rows.
-template <typename T>
-class Judge {
- public:
-  void add(const Row& row, const double* got, double lse) {
-    for (std::size_t d = 0; d < row.output.size(); ++d) {
-      const double error = std::abs(got[d] - row.output[d]);
-      const double baseline = std::abs(row.baseline[d] - row.output[d]);
-      // The exponent of a weight is a difference of two scores, each rounded to float.
-      const double exponent = 4.0 * std::numeric_limits<float>::epsilon() * (row.largest_score + 1.0) * row.size[d];
-      if (!(error <= worst_)) worst_ = error;
-      baseline_worst_ = std::max({baseline_worst_, baseline, roundoff<T>() * std::abs(row.output[d])});
-      exponent_ = std::max(exponent_, exponent);
-      squares_ += error * error;
-      baseline_squares_ += std::max(baseline * baseline, std::pow(0.4 * roundoff<T>() * row.output[d], 2));
-      ++count_;
-    }
-    const double allowed =
-        roundoff<T>() + 2.0 * std::numeric_limits<float>::epsilon() *
-                            std::max(std::isfinite(row.lse) ? std::abs(row.lse) : 0.0, row.largest_score);
-    const bool lse_is_right = lse == row.lse || std::abs(lse - row.lse) <= allowed;
-    if (!lse_is_right && lse_off_++ == 0) {
-      std::ostringstream text;
-      text << "got " << lse << ", want " << row.lse << " within " << allowed;
-      lse_first_ = text.str();
-    }
-  }
-
-  bool verdict() const {
-    bool good = true;
-    if (lse_off_ > 0) {
-      good = false;
-      finding("lse", std::string(type_name<T>()) + ": " + std::to_string(lse_off_) + " off; the first: " + lse_first_);
-    }
-    if (count_ == 0) return good;
-    const double floor = exponent_ + 0x1p-24;
-    const double rms = std::sqrt(squares_ / static_cast<double>(count_));
-    const double baseline_rms = std::sqrt(baseline_squares_ / static_cast<double>(count_));
-    if (rms <= 2.0 * baseline_rms + floor && worst_ <= 3.0 * baseline_worst_ + floor) return good;
-    std::ostringstream text;
-    text.precision(3);
-    text << type_name<T>() << ": rms error " << rms << ", largest " << worst_
-         << "; allowed are 2 x and 3 x those of eager attention with float scores, whose weights and output are "
-            "rounded to "
-         << type_name<T>() << ": " << 2.0 * baseline_rms + floor << " and " << 3.0 * baseline_worst_ + floor;
-    finding("output", text.str());
-    return false;
-  }
-
- private:
-  double worst_ = 0.0, baseline_worst_ = 0.0, exponent_ = 0.0, squares_ = 0.0, baseline_squares_ = 0.0;
-  long count_ = 0, lse_off_ = 0;
-  std::string lse_first_;
-};
-
-// The inputs of one head, rounded to T.
-template <typename T>
-Matrix64 head_of(const Fill& fill, Index b, Index h, Index rows, Index width) {
-  Matrix64 result(static_cast<std::size_t>(rows), std::vector<double>(static_cast<std::size_t>(width)));
-  for (Index s = 0; s < rows; ++s)
-    for (Index d = 0; d < width; ++d) {
-      result[static_cast<std::size_t>(s)][static_cast<std::size_t>(d)] = rounded<T>(fill(b, h, s, d));
-    }
-  return result;
-}
-
-// Runs the answer and compares about `rows` rows of each head, the first and the last among them.
-template <typename T>
-bool expect_attention(const Sizes& sizes, const Options& options, const Fill& q, const Fill& k, const Fill& v,
-                      Index rows = std::numeric_limits<Index>::max()) {
-  const Result got = attend<T>(sizes, options, q, k, v);
-  const double scale = static_cast<double>(options.scale.value_or(1.0f / std::sqrt(static_cast<float>(sizes.width))));
-  Judge<T> judge;
-  bool all_numbers = true;
-  for (Index b = 0; b < sizes.batch; ++b) {
-    for (Index h = 0; h < sizes.heads; ++h) {
-      const Matrix64 queries = head_of<T>(q, b, h, sizes.queries, sizes.width);
-      const Matrix64 keys = head_of<T>(k, b, h, sizes.keys, sizes.width);
-      const Matrix64 values = head_of<T>(v, b, h, sizes.keys, sizes.width);
-      const Index step = std::max<Index>(1, sizes.queries / rows);
-      for (Index i = 0; i < sizes.queries;
-           i = i + step >= sizes.queries && i + 1 < sizes.queries ? sizes.queries - 1 : i + step) {
-        const auto row = static_cast<std::size_t>((b * sizes.heads + h) * sizes.queries + i);
-        judge.add(reference_row<T>(queries[static_cast<std::size_t>(i)], keys, values,
-                                   keys_seen(options.causal, i, sizes.queries, sizes.keys), scale),
-                  &got.output.values[row * static_cast<std::size_t>(sizes.width)], got.lse.values[row]);
+void expect_forbidden_unseen() {
+  constexpr double POISONS[] = {NOT_A_NUMBER, INF, -INF, 60000.0};
+  constexpr const char* OPERANDS[] = {"the keys", "the values", "keys and values"};
+  for (const auto& [queries, keys] : {std::pair<Index, Index>{40, 40}, {30, 80}, {70, 40}, {150, 150}, {140, 200}}) {
+    if (kernels_are_checked() && queries > 70) continue;
+    for (const Index first : {keys - 1, keys / 2, std::max<Index>(1, keys - 17)}) {
+      const auto poisoned = [&](unsigned seed, unsigned operand) -> Fill {
+        return [=, clean = noise(seed)](Index, Index h, Index s, Index d) {
+          const bool here = h > 0 && s >= first && (((h - 1) / 4 + 1) & operand) != 0;
+          return here ? POISONS[(h - 1) % 4] : clean(0, 0, s, d);
+        };
+      };
+      const Fill query = [clean = noise(5)](Index, Index, Index s, Index d) { return clean(0, 0, s, d); };
+      const Answer got = attend<T>({.heads = 13, .queries = queries, .keys = keys, .width = 16}, {.causal = true},
+                                   query, poisoned(6, 1), poisoned(7, 2));
+      for (Index at = 0; at < 13 * queries; ++at) {
+        const Index h = at / queries, i = at % queries;
+        if (first < keys_seen(true, i, queries, keys)) continue;
+        const auto same = [&](const Array& all, Index width) {
+          const double* row = all.values.data();
+          return std::equal(row + at * width, row + (at + 1) * width, row + i * width);
+        };
+        if (same(got.output, 16) && same(got.lse, 1)) continue;
+        finding(same(got.output, 16) ? "lse" : "output",
+                std::string(type_name<T>()) + ", " + std::to_string(queries) + " queries, " + std::to_string(keys) +
+                    " keys: query " + std::to_string(i) + " noticed that " + OPERANDS[(h - 1) / 4] + " from number " +
+                    std::to_string(first) + " on, which it may not see, became " +
+                    std::to_string(POISONS[(h - 1) % 4]));
+        return;
       }
     }
   }
-  const auto nan =
-      std::count_if(got.output.values.begin(), got.output.values.end(), [](double value) { return std::isnan(value); });
-  if (nan > 0) {
-    const auto first = std::find_if(got.output.values.begin(), got.output.values.end(),
-                                    [](double value) { return std::isnan(value); });
-    all_numbers = false;
-    finding("output", std::to_string(nan) + " of " + std::to_string(got.output.count()) + " are NaN; first at [" +
-                          place(got.output, static_cast<std::size_t>(first - got.output.values.begin()), OUTPUT) + "]");
-  }
-  return judge.verdict() && all_numbers;
 }
-
-// ---- The numbered cases
-// ----------------------------------------------------------------------------------------------
-
-struct MmaCase {
-  AttentionCase problem;
-  float magnify = 1.0f;  // multiplies queries and keys
-
-  Sizes sizes() const {
-    return {problem.batch, problem.heads, problem.queries,
-            problem.keys,  problem.width, problem.gap > 0 ? problem.gap : -1};
-  }
-  Options options() const { return {.causal = problem.causal, .scale = problem.scale}; }
-};
-
-// clang-format off
-// Their numbers never change: new ones go to the end.
-const std::vector<MmaCase>& mma_cases() {
-  static const std::vector<MmaCase> list = [] {
-    std::vector<MmaCase> cases = {
-      {{.why = "one query, one key", .queries = 1, .keys = 1, .width = 16}},
-      {{.why = "one fragment of everything", .queries = 16, .keys = 16, .width = 16}},
-      {{.why = "17 queries, 33 keys", .queries = 17, .keys = 33, .width = 32}},
-      {{.why = "37 queries, 53 keys", .queries = 37, .keys = 53, .width = 64}},
-      {{.why = "127 queries, 65 keys: one key in the second tile", .queries = 127, .keys = 65, .width = 16}},
-      {{.why = "129 queries, 128 keys: one query in the second block", .queries = 129, .keys = 128, .width = 16}},
-      {{.why = "width 128", .queries = 19, .keys = 70, .width = 128}},
-      {{.why = "width 32, three tiles of keys", .queries = 20, .keys = 130, .width = 32}},
-      {{.why = "a scale is given", .queries = 9, .keys = 40, .width = 32, .scale = 0.3f}},
-      {{.why = "scale 0 is given", .queries = 5, .keys = 20, .width = 16, .scale = 0.0f}},
-      {{.why = "a negative scale is given", .queries = 9, .keys = 75, .width = 16, .scale = -0.5f}},
-      {{.why = "products beyond what fp16 holds, before the scale", .queries = 9, .keys = 40, .width = 128, .scale = 4e-5f}, 120.0f},
-      {{.why = "two batch items, three heads", .batch = 2, .heads = 3, .queries = 11, .keys = 20, .width = 16}},
-      {{.why = "the rows of a token lie apart in memory", .batch = 2, .heads = 2, .queries = 9, .keys = 20, .width = 32, .gap = 8}},
-      {{.why = "scores rise by 300 along the keys", .queries = 6, .keys = 140, .width = 16, .scores = Scores::rising}},
-      {{.why = "scores fall by 300 along the keys", .queries = 6, .keys = 140, .width = 16, .scores = Scores::falling}},
-      {{.why = "all scores near -120", .queries = 6, .keys = 70, .width = 16, .scores = Scores::near_minus_120}},
-      {{.why = "all scores near +120", .queries = 6, .keys = 70, .width = 16, .scores = Scores::near_plus_120}},
-      {{.why = "one query, 200 keys", .queries = 1, .keys = 200, .width = 64}},
-      {{.why = "130 queries, one key", .queries = 130, .keys = 1, .width = 16}},
-      {{.why = "no key at all", .queries = 20, .keys = 0, .width = 16}},
-      {{.why = "no query at all", .queries = 0, .keys = 20, .width = 16}},
-      {{.why = "causal, as many queries as keys", .queries = 33, .keys = 33, .width = 16, .causal = true}},
-      {{.why = "causal, more keys than queries", .queries = 17, .keys = 83, .width = 32, .causal = true}},
-      {{.why = "causal, more queries than keys", .queries = 53, .keys = 17, .width = 16, .causal = true}},
-      {{.why = "causal, a whole block of queries without a key", .queries = 150, .keys = 9, .width = 16, .causal = true}},
-      {{.why = "causal, several tiles both ways", .queries = 140, .keys = 150, .width = 16, .causal = true}},
-      {{.why = "causal, one query", .heads = 2, .queries = 1, .keys = 70, .width = 16, .causal = true}},
-      {{.why = "causal, several heads, tokens apart, a scale", .batch = 2, .heads = 3, .queries = 18, .keys = 25, .width = 16, .scale = 0.4f, .causal = true, .gap = 16}},
-      {{.why = "512 keys, weights nearly alike", .queries = 8, .keys = 512, .width = 16, .scores = Scores::tiny}},
-    };
-    for (std::size_t i = 0; i < cases.size(); ++i) {
-      cases[i].problem.number = static_cast<int>(i) + 1;
-      cases[i].problem.value_width = cases[i].problem.width;
-    }
-    return cases;
-  }();
-  return list;
-}
-// clang-format on
-
-// The case's numbers, as places.
-struct CaseInputs {
-  explicit CaseInputs(const MmaCase& c) : inputs(make_inputs(c.problem)) {
-    const auto of = [](const TokenTensor& tensor, double factor) -> Fill {
-      return [view = tensor.heads(), factor](Index b, Index h, Index s, Index d) {
-        return factor * static_cast<double>(view(b, h, s, d));
-      };
-    };
-    const AttentionInputs& constant = inputs;
-    q = of(constant.query, static_cast<double>(c.magnify));
-    k = of(constant.key, static_cast<double>(c.magnify));
-    v = of(constant.value, 1.0);
-  }
-  CaseInputs(const CaseInputs&) = delete;
-  CaseInputs& operator=(const CaseInputs&) = delete;
-
-  AttentionInputs inputs;
-  Fill q, k, v;
-};
-
-// The watched kernels are slower: there one of the larger cases stands for its kind.
-bool is_tried(const MmaCase& c) {
-  return !kernels_are_checked() || c.problem.queries * c.problem.keys * c.problem.width <= 64 * 1024;
-}
-
-std::vector<int> all_numbers() {
-  std::vector<int> result(mma_cases().size());
-  std::iota(result.begin(), result.end(), 1);
-  return result;
-}
-
-const Recognise recognise_mma(all_numbers(), [](int number) -> std::vector<Array> {
-  const MmaCase& c = mma_cases().at(static_cast<std::size_t>(number) - 1);
-  const CaseInputs in(c);
-  std::vector<Array> outputs;
-  for_both_types([&](auto type) {
-    Result result = attend<decltype(type)>(c.sizes(), c.options(), in.q, in.k, in.v);
-    outputs.push_back(std::move(result.output));
-    outputs.push_back(std::move(result.lse));
-  });
-  return outputs;
-});
 
 // Every score is 0, and V is 1: the output is 1, and exp(lse) counts the keys.
 template <typename T>
 bool expect_count(const Sizes& sizes, bool causal) {
-  const Result got = attend<T>(sizes, {.causal = causal}, everywhere(0.0), noise(3), everywhere(1.0));
+  const Answer got = attend<T>(sizes, {.causal = causal}, everywhere(0.0), noise(3), everywhere(1.0));
   Array output{got.output.shape, {}};
   Array lse{got.lse.shape, {}};
   for (Index row = 0; row < sizes.batch * sizes.heads * sizes.queries; ++row) {
@@ -546,12 +194,11 @@ bool expect_count(const Sizes& sizes, bool causal) {
 TEST_SUITE("phase2.05_flash_forward_mma") {
   TEST_CASE("one tile of Q K^T: channels meet channels") {
     ask("Query i is 1 in channel i alone, so its score with the only key is that key's channel i. Lane 5 owns which "
-        "two "
-        "rows of A, and which columns are in its four registers?");
+        "two rows of A, and which columns are in its four registers?");
     for_both_types([](auto type) {
       using T = decltype(type);
       for (const Index width : {16, 32, 64, 128}) {
-        const Result got = attend<T>(
+        const Answer got = attend<T>(
             {.queries = width, .keys = 1, .width = width}, {.scale = 1.0f},
             [](Index, Index, Index i, Index d) { return i == d ? 1.0 : 0.0; },
             [](Index, Index, Index, Index d) { return double(d + 1); }, everywhere(1.0));
@@ -576,7 +223,7 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
       using T = decltype(type);
       for (const Index keys : {16, 64}) {
         // Key j is for query 5 j + 3 (mod keys).
-        const Result got = attend<T>(
+        const Answer got = attend<T>(
             {.queries = keys, .keys = keys, .width = keys}, {.scale = 1.0f},
             [](Index, Index, Index i, Index d) { return i == d ? 1.0 : 0.0; },
             [keys](Index, Index, Index j, Index d) { return (5 * j + 3) % keys == d ? 100.0 + double(j) : 0.0; },
@@ -609,7 +256,7 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
     for_both_types([](auto type) {
       using T = decltype(type);
       const Sizes sizes{.queries = 40, .keys = 32, .width = 16};
-      const Result got = attend<T>(
+      const Answer got = attend<T>(
           sizes, {.scale = 1.0f}, [](Index, Index, Index i, Index d) { return d == 3 ? 4.0 * double(i) - 80.0 : 0.0; },
           everywhere(1.0), everywhere(1.0));
       Array lse{{1, 1, 40}, {}};
@@ -646,7 +293,7 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
     for_both_types([](auto type) {
       using T = decltype(type);
       // Scores 0 and 1.375 under scale 1; the values are unit vectors.
-      const Result got = attend<T>(
+      const Answer got = attend<T>(
           {.queries = 3, .keys = 2, .width = 16}, {.scale = 0.5f},
           [](Index, Index, Index, Index d) { return d == 0 ? 2.0 : 0.0; },
           [](Index, Index, Index j, Index d) { return d == 0 && j == 1 ? 1.375 : 0.0; },
@@ -707,7 +354,7 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
         "reading what you are about to overwrite, and what do you do while a copy is on its way?");
     for (const Index width : {64, 128}) {
       const Sizes sizes{.queries = 130, .keys = 200, .width = width};
-      const Result got = attend<fp16>(sizes, {}, noise(1), noise(2), noise(3));
+      const Answer got = attend<fp16>(sizes, {}, noise(1), noise(2), noise(3));
       expect_same(attend<fp16>(sizes, {}, noise(1), noise(2), noise(3)), got, "when called again");
       if (!kernels_are_checked() || got.profiles.empty()) continue;
       expect_copies_overlapped(got.profiles, 0.6);
@@ -723,7 +370,7 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
         "have to read a key?");
     for (const Index width : {16, 32, 64, 128}) {
       const Sizes sizes{.queries = 130, .keys = 70, .width = width};
-      const Result got = attend<bf16>(sizes, {}, noise(1), noise(2), noise(3));
+      const Answer got = attend<bf16>(sizes, {}, noise(1), noise(2), noise(3));
       if (!kernels_are_checked() || got.profiles.empty()) continue;
       // Padded rows, which are as good in the long run, cannot help but collide where a row is shorter than 128 bytes.
       if (width >= 64) expect_bank_conflicts_below(got.profiles, 1.5);
@@ -753,7 +400,7 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
         const Sizes sizes{.queries = queries, .keys = keys, .width = 16};
         if (!expect_count<T>(sizes, false)) return;
         // Scores near -20, so that a place that is no key would win with its 0.
-        const Result got = attend<T>(sizes, {.scale = 1.0f}, everywhere(1.0), everywhere(-1.25), everywhere(1.0));
+        const Answer got = attend<T>(sizes, {.scale = 1.0f}, everywhere(1.0), everywhere(-1.25), everywhere(1.0));
         if (!expect_all("output", got.output, 1.0, 0.0, OUTPUT, sizes.text() + ": every output should be 1")) return;
         const double lse = -20.0 + std::log(static_cast<double>(keys));
         if (!expect_all("lse", got.lse, lse, 1e-4, LSE, sizes.text() + ": all scores are -20")) return;
@@ -766,7 +413,7 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
     for_both_types([](auto type) {
       using T = decltype(type);
       for (const bool causal : {false, true}) {
-        const Result none = attend<T>({.heads = 2, .queries = 20, .keys = 0, .width = 32}, {.causal = causal}, noise(1),
+        const Answer none = attend<T>({.heads = 2, .queries = 20, .keys = 0, .width = 32}, {.causal = causal}, noise(1),
                                       noise(2), noise(3));
         expect_all("output", none.output, 0.0, 0.0, OUTPUT, "without a key every output is 0");
         expect(std::all_of(none.lse.values.begin(), none.lse.values.end(), [](double x) { return x == -INF; }), "lse",
@@ -781,30 +428,53 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
         "offsets comes from a stride, and which from a size?");
     for_both_types([](auto type) {
       using T = decltype(type);
+      const ForwardInputs<T> in({.batch = 3, .heads = 5, .queries = 9, .keys = 19, .width = 16}, noise(1), noise(2),
+                                noise(3));
       for (const bool causal : {false, true}) {
-        for (const Index gap : {-1, 0, 24}) {
-          const Sizes sizes{.batch = 3, .heads = 5, .queries = 9, .keys = 19, .width = 16, .gap = gap};
-          const Result all = attend<T>(sizes, {.causal = causal}, noise(1), noise(2), noise(3));
-          for (Index b = 0; b < 3; ++b) {
-            for (Index h = 0; h < 5; ++h) {
-              if (kernels_are_checked() && (b + h) % 3 != 0) continue;
-              const auto of = [b, h](unsigned seed) -> Fill {
-                return [=, all_heads = noise(seed)](Index, Index, Index s, Index d) { return all_heads(b, h, s, d); };
-              };
-              const Result one =
-                  attend<T>({.queries = 9, .keys = 19, .width = 16}, {.causal = causal}, of(1), of(2), of(3));
-              const std::size_t head = static_cast<std::size_t>(b * 5 + h);
-              const auto part = [head](const Array& array, std::size_t count, const std::vector<Index>& shape) {
-                const auto begin = array.values.begin() + static_cast<std::ptrdiff_t>(head * count);
-                return Array{shape, {begin, begin + static_cast<std::ptrdiff_t>(count)}};
-              };
-              const std::string why = "of batch item " + std::to_string(b) + ", head " + std::to_string(h) +
-                                      " when it was computed among others" +
-                                      (gap < 0 ? "" : ", token after token in memory");
-              if (!expect_same_bits("output", part(all.output, 9 * 16, one.output.shape), one.output, OUTPUT, why))
-                return;
-              if (!expect_same_bits("lse", part(all.lse, 9, one.lse.shape), one.lse, LSE, why)) return;
+        const Answer packed = call(in, {.causal = causal});
+        for (const Layouts& layouts : {TOKENS, APART, MIXED, MIXED_OTHERWISE}) {
+          if (!expect_same(call(in, {.causal = causal, .layouts = layouts}), packed, "when the rows lay otherwise")) {
+            return;
+          }
+        }
+        for (Index b = 0; b < 3; ++b) {
+          for (Index h = 0; h < 5; ++h) {
+            if (kernels_are_checked() && (b + h) % 3 != 0) continue;
+            const auto of = [b, h](unsigned seed) -> Fill {
+              return [=, all = noise(seed)](Index, Index, Index s, Index d) { return all(b, h, s, d); };
+            };
+            const Answer one =
+                attend<T>({.queries = 9, .keys = 19, .width = 16}, {.causal = causal}, of(1), of(2), of(3));
+            const std::string why = "of batch item " + std::to_string(b) + ", head " + std::to_string(h) +
+                                    " when it was computed among others";
+            if (!expect_same_bits("output", head_of(packed.output, b, h), head_of(one.output, 0, 0),
+                                  {"query", "channel"}, why) ||
+                !expect_same_bits("lse", head_of(packed.lse, b, h), head_of(one.lse, 0, 0), {"query"}, why)) {
+              return;
             }
+          }
+        }
+      }
+    });
+  }
+
+  TEST_CASE("ragged: what lies behind the last key of a head reaches nobody") {
+    ask("Behind this head's last key lies the next head, and that holds NaN. Which rows of your last tile are none of "
+        "its business, and what is 0 times NaN?");
+    for_both_types([](auto type) {
+      using T = decltype(type);
+      for (const double poison : {NOT_A_NUMBER, INF}) {
+        const Fill keys = [=](Index, Index h, Index s, Index d) { return h % 2 == 1 ? poison : noise(6)(0, 0, s, d); };
+        const Fill values = [=](Index, Index h, Index s, Index d) {
+          return h % 2 == 1 ? poison : noise(7)(0, 0, s, d);
+        };
+        for (const Index count : {1, 19, 70}) {
+          const Sizes sizes{.heads = 3, .queries = 20, .keys = count, .width = 16};
+          const Answer got = attend<T>(sizes, {}, noise(5), keys, values);
+          const Answer want = attend<T>(sizes, {}, noise(5), noise(6), noise(7));
+          if (!expect_same_bits("output", head_of(got.output, 0, 0), head_of(want.output, 0, 0), {"query", "channel"},
+                                "when the next head became " + std::to_string(poison))) {
+            return;
           }
         }
       }
@@ -833,37 +503,9 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
   }
 
   TEST_CASE("causal: a key that a query may not see cannot move its output") {
-    ask("A key that only later queries may see holds NaN. Adding a large negative number to NaN gives what? And what "
-        "should be left of a forbidden score?");
-    for_both_types([](auto type) {
-      using T = decltype(type);
-      for (const auto& [queries, keys] : {std::pair{40, 40}, {30, 80}, {70, 40}}) {
-        Attention<T> attention({.queries = queries, .keys = keys, .width = 16});
-        attention.fill(noise(5), noise(6), noise(7));
-        const Result want = attention.run({.causal = true});
-        for (const double poison : {NOT_A_NUMBER, INF, 60000.0}) {
-          for (const Index j : {keys - 1, keys / 2, keys > 17 ? keys - 17 : 1}) {
-            attention.key.fill(
-                [&](Index b, Index h, Index s, Index d) { return s >= j ? poison : noise(6)(b, h, s, d); });
-            const Result got = attention.run({.causal = true});
-            for (Index i = 0; i < queries && j >= keys_seen(true, i, queries, keys); ++i) {
-              for (Index d = 0; d < 16; ++d) {
-                const auto at = static_cast<std::size_t>(i * 16 + d);
-                if (got.output.values[at] == want.output.values[at] &&
-                    got.lse.values[static_cast<std::size_t>(i)] == want.lse.values[static_cast<std::size_t>(i)]) {
-                  continue;
-                }
-                finding("output", std::string(type_name<T>()) + ", " + std::to_string(queries) + " queries, " +
-                                      std::to_string(keys) + " keys: query " + std::to_string(i) +
-                                      " noticed that keys from " + std::to_string(j) + " on became " +
-                                      std::to_string(poison));
-                return;
-              }
-            }
-          }
-        }
-      }
-    });
+    ask("A key that only later queries may see holds NaN. A weight of 0 is no protection: what is 0 times NaN, and who "
+        "computes it for a whole tile at once?");
+    for_both_types([](auto type) { expect_forbidden_unseen<decltype(type)>(); });
   }
 
   TEST_CASE("a scale of any sign and size") {
@@ -917,20 +559,50 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
     });
   }
 
-  TEST_CASE("the same inputs give the same bits and are left alone") {
-    ask("Call it twice. What is left over from the first call, and do you write into what is not yours?");
+  TEST_CASE("the same inputs give the same bits") {
+    ask("Call it twice. What is left over from the first call, in shared memory and elsewhere?");
     for_both_types([](auto type) {
       using T = decltype(type);
       const Sizes sizes{.heads = 2, .queries = 37, .keys = 75, .width = 32};
-      Attention<T> attention(sizes);
-      attention.fill(noise(1), noise(2), noise(3));
-      const Array before[] = {attention.query.values(), attention.key.values(), attention.value.values()};
-      const Result want = attention.run({.causal = true});
-      attend<T>(sizes, {}, noise(4), noise(5), noise(6));
-      expect_same(attention.run({.causal = true}), want, "in a later call");
-      const Array after[] = {attention.query.values(), attention.key.values(), attention.value.values()};
-      const char* names[] = {"query", "key", "value"};
-      for (int i = 0; i < 3; ++i) expect_same_bits(names[i], after[i], before[i], OUTPUT, "by the call");
+      const ForwardInputs<T> in(sizes, noise(1), noise(2), noise(3));
+      const Answer want = call(in, {.causal = true});
+      attend<T>(sizes, {}, noise(4), everywhere(NOT_A_NUMBER), everywhere(NOT_A_NUMBER));
+      expect_same(call(in, {.causal = true}), want, "in a later call");
+    });
+  }
+
+  TEST_CASE("what a key or a value holds reaches every query that may see it") {
+    ask("A value has become NaN in one channel, or a key in all. Which queries see it, and did their outputs notice, "
+        "in "
+        "that channel and in no other?");
+    for_both_types([](auto type) {
+      using T = decltype(type);
+      for (const bool causal : {false, true}) {
+        // In head h, key 12 h + 3 holds a NaN, of its value in channel 5 alone.
+        const Sizes sizes{.heads = 6, .queries = 37, .keys = 70, .width = 16};
+        const Fill keys = [](Index b, Index h, Index s, Index d) {
+          return s == 12 * h + 3 ? NOT_A_NUMBER : noise(6)(b, h, s, d);
+        };
+        const Fill values = [](Index b, Index h, Index s, Index d) {
+          return s == 12 * h + 3 && d == 5 ? NOT_A_NUMBER : noise(7)(b, h, s, d);
+        };
+        const Answer of_key = attend<T>(sizes, {.causal = causal}, noise(5), keys, noise(7));
+        const Answer of_value = attend<T>(sizes, {.causal = causal}, noise(5), noise(6), values);
+        for (Index at = 0; at < 6 * 37 * 16; ++at) {
+          const Index h = at / 16 / 37, i = at / 16 % 37, d = at % 16;
+          const bool sees = 12 * h + 3 < keys_seen(causal, i, 37, 70);
+          for (const auto& [got, want, what] :
+               {std::tuple{&of_key, sees, "the key"}, {&of_value, sees && d == 5, "channel 5 of the value"}}) {
+            const bool is = std::isnan(got->output.values[static_cast<std::size_t>(at)]);
+            if (is == want) continue;
+            finding("output", std::string(type_name<T>()) + ": of query " + std::to_string(i) + ", channel " +
+                                  std::to_string(d) + " is " + (is ? "NaN" : "a number") + " when " + what +
+                                  " number " + std::to_string(12 * h + 3) + " is NaN; " + sizes.text() +
+                                  (causal ? ", causal" : ""));
+            return;
+          }
+        }
+      }
     });
   }
 
@@ -944,9 +616,8 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
     for_both_types([](auto type) {
       using T = decltype(type);
       for (const bool causal : {false, true}) {
-        for (const Sizes& sizes : {Sizes{1, 2, 64, 64, 32}, Sizes{2, 8, 256, 256, 64}, Sizes{1, 16, 512, 512, 128},
-                                   Sizes{4, 8, 1024, 1024, 64}, Sizes{1, 2, 2048, 2048, 64},
-                                   Sizes{1, 1, 4096, 4096, 128}, Sizes{2, 3, 113, 203, 64}, Sizes{1, 2, 239, 1, 64},
+        for (const Sizes& sizes : {Sizes{2, 8, 256, 256, 64}, Sizes{1, 16, 512, 512, 128}, Sizes{4, 8, 1024, 1024, 64},
+                                   Sizes{1, 2, 2048, 2048, 64}, Sizes{1, 1, 4096, 4096, 128}, Sizes{2, 3, 113, 203, 64},
                                    Sizes{1, 2, 127, 513, 128}, Sizes{1, 2, 1023, 1024, 64}}) {
           if (!expect_attention<T>(sizes, {.causal = causal}, noise(1), noise(2), noise(3), 24)) {
             finding("of", sizes.text() + (causal ? ", causal" : ""));
@@ -959,22 +630,28 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
 
   TEST_CASE("agrees with the float64 reference") {
     ask("Which of the cases agree, and what have the others in common?");
-    for (const MmaCase& c : mma_cases()) {
-      if (!is_tried(c)) continue;
-      run_case(c.problem.number, c.problem.text(), [&] {
-        const CaseInputs in(c);
-        for_both_types([&](auto type) { expect_attention<decltype(type)>(c.sizes(), c.options(), in.q, in.k, in.v); });
+    for_each<FlashCase>(flash_cases(), [](const FlashCase& c) {
+      for_both_types([&](auto type) {
+        const auto in = inputs_of<decltype(type)>(c);
+        if (is_finite(in)) expect_attention(in, options_of(c));
       });
-    }
+    });
   }
 
   TEST_CASE("says what is wrong with bad arguments") {
     for_both_types([](auto type) {
       using T = decltype(type);
-      Attention<T> attention({.batch = 2, .heads = 3, .queries = 5, .keys = 7, .width = 32});
-      attention.fill(noise(1), noise(2), noise(3));
-      attention.run({});  // these are right
-      const FlashForward<T> good = attention.problem({});
+      DeviceBuffer<T> q("query", std::vector<T>(2 * 3 * 5 * 32, from_float<T>(0.5f)));
+      DeviceBuffer<T> k("key", std::vector<T>(2 * 3 * 8 * 32, from_float<T>(0.5f)));
+      DeviceBuffer<T> o("output", 2 * 3 * 5 * 32);
+      DeviceBuffer<float> lse("lse", 2 * 3 * 5);
+      using In = View<const T, 4>;
+      const FlashForward<T> good{.query = In(q.data(), {2, 3, 5, 32}),
+                                 .key = In(k.data(), {2, 3, 7, 32}),
+                                 .value = In(k.data(), {2, 3, 7, 32}),
+                                 .output = View<T, 4>(o.data(), {2, 3, 5, 32}),
+                                 .lse = View<float, 3>(lse.data(), {2, 3, 5})};
+      run_kernels([&] { flash_forward_mma(good); });
       const auto rejected = [&](const char* what, const char* argument, const auto& change) {
         expect_rejected(what, argument, [&] {
           FlashForward<T> bad = good;
@@ -982,7 +659,6 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
           flash_forward_mma(bad);
         });
       };
-      using In = View<const T, 4>;
       rejected("a width of 24", "query", [](auto& p) { p.query = In(p.query.data(), {2, 3, 5, 24}); });
       rejected("a width of 8", "query", [](auto& p) { p.query = In(p.query.data(), {2, 3, 5, 8}); });
       rejected("keys of another width", "key", [](auto& p) { p.key = In(p.key.data(), {2, 3, 7, 16}); });

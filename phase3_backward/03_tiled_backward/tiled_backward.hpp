@@ -20,8 +20,8 @@ struct TiledBackwardOptions {
   bool causal = false;           // key j is visible to query i when j <= i + Sk - Sq
   std::optional<float> scale{};  // multiplies query key^T; default 1 / sqrt(D)
   LoopOrder order = LoopOrder::keys_outside;
-  Index block_rows = 128;  // Br: queries in a tile
-  Index block_cols = 128;  // Bc: keys in a tile
+  Index block_rows = 192;  // Br: queries in a tile
+  Index block_cols = 192;  // Bc: keys in a tile
   int threads = 0;         // at most so many; 0: as many as there are cores; 1: the calling thread alone
 };
 

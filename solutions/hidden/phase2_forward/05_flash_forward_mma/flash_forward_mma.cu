@@ -16,9 +16,19 @@ constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROW_TILES = 2;                     // of 16 queries, for each warp
 constexpr int BLOCK_Q = WARPS * ROW_TILES * 16;  // 128
-constexpr int CHUNK = 8;                         // elements in 16 bytes: what cp.async copies and ldmatrix reads
-
 constexpr int BLOCK_KV = 64;  // keys in a tile; 64 scores a thread beside HEAD_DIM sums of the output
+constexpr int CHUNK = 8;      // elements in 16 bytes: what cp.async copies and ldmatrix reads
+
+// Blocks that share an SM. More of them hide each other's waiting, but 65536 registers are all there are.
+constexpr int blocks_of_an_sm(int head_dim) { return head_dim == 128 ? 2 : head_dim == 16 ? 4 : 3; }
+
+// Whether tiles that need no mask have a loop of their own. It is shorter; that costs registers, and with 64 channels
+// and 3 blocks there are none to spare.
+constexpr bool has_two_loops(int head_dim) { return head_dim != 64; }
+
+// The weights of a row are relative to a maximum that may lag behind by this many powers of 2: 256 fits into 16 bits
+// as well as 1 does, and O is rescaled once in a while instead of in every tile.
+constexpr float LAG = 8.0f;
 
 template <typename T>
 struct Arguments {
@@ -27,8 +37,33 @@ struct Arguments {
   View<float, 3> lse;                  // [B, H, Sq]
   int queries, keys, diagonal;         // query i sees keys 0 .. i + diagonal
   float scale_log2;                    // |scale| log2(e): weights are exp2(scale_log2 * (score - max))
-  bool negated;                        // the scale is negative: scores change their sign
+  bool negated;                        // the scale is negative: queries change their sign
 };
+
+// What a block works on.
+template <typename T>
+struct Work {
+  int batch, head, q_first;
+  int common_keys;  // this many keys are seen by every query of the block, as far as they exist
+
+  KATA_DEVICE Work(const Arguments<T>& args, int block) {
+    const int q_tiles = (args.queries + BLOCK_Q - 1) / BLOCK_Q;
+    const int heads = static_cast<int>(args.query.size(1));
+    batch = block / q_tiles / heads;
+    head = block / q_tiles % heads;
+    q_first = (q_tiles - 1 - block % q_tiles) * BLOCK_Q;  // the last tile sees the most keys: first
+    common_keys = q_first + args.diagonal + 1;
+  }
+};
+
+// All of these bits are set in inf and in NaN, and in no other number.
+template <typename T>
+constexpr std::uint32_t EXPONENT = std::is_same_v<T, fp16> ? 0x7c00 : 0x7f80;
+
+template <typename T>
+KATA_DEVICE bool is_finite(T number) {
+  return (number.x & EXPONENT<T>) != EXPONENT<T>;
+}
 
 // A tile in shared memory, [rows, HEAD_DIM], in chunks of 16 bytes. Chunk c of row r lies at place c XOR (r % 8), so
 // that the 8 rows of one chunk column, which ldmatrix reads together, lie in 8 different groups of 4 banks. Rows
@@ -38,6 +73,7 @@ struct Tile {
   static constexpr unsigned CHUNKS = HEAD_DIM / CHUNK;          // in a row
   static constexpr unsigned SWAPPED = CHUNKS < 8 ? CHUNKS : 8;  // chunks that change places among themselves
   static constexpr unsigned ROWS_PER_LINE = 8 / SWAPPED;
+  static constexpr int ROWS_PER_STEP = THREADS / CHUNKS;  // that the block copies at once, a chunk for every thread
 
   T* smem;
 
@@ -62,21 +98,57 @@ struct Tile {
     return smem + row * HEAD_DIM + place * CHUNK;
   }
 
-  // Starts the copy of rows first .. first + ROWS - 1 of a head; rows from `limit` on become 0.
-  template <int ROWS>
-  KATA_DEVICE void load_async(const T* head, int row_stride, int first, int limit) const {
-    static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies the same number of chunks");
-    constexpr int ROWS_PER_STEP = THREADS / CHUNKS;
-    const int row = static_cast<int>(threadIdx.x / CHUNKS);
-    const int chunk = static_cast<int>(threadIdx.x % CHUNKS);
-    T* destination = at(row, chunk);
+  // A thread copies one chunk in every ROWS_PER_STEP-th row; this is the first.
+  static KATA_DEVICE int own_row(int thread) { return static_cast<int>(static_cast<unsigned>(thread) / CHUNKS); }
+  static KATA_DEVICE int own_chunk(int thread) { return static_cast<int>(static_cast<unsigned>(thread) % CHUNKS); }
+  KATA_DEVICE T* own(int thread) const { return at(own_row(thread), own_chunk(thread)); }
+  static KATA_DEVICE const T* own_source(int thread, const T* tile, Index row_stride) {
+    return tile + own_row(thread) * row_stride + own_chunk(thread) * CHUNK;
+  }
+
+  // Starts a thread's copies, the first one from `source`. If LIMITED, rows from number `rows` on become 0.
+  template <int ROWS, bool LIMITED>
+  KATA_DEVICE void load_async(int thread, const T* source, Index row_stride, int rows) const {
+    static_assert(ROWS % ROWS_PER_STEP == 0, "every thread copies the same number of chunks");
+    T* destination = own(thread);
 #pragma unroll
     for (int step = 0; step < ROWS / ROWS_PER_STEP; ++step) {
-      const int source_row = first + row + step * ROWS_PER_STEP;
-      const bool in_range = source_row < limit;
-      const T* source = head + static_cast<Index>(in_range ? source_row : 0) * row_stride + chunk * CHUNK;
-      cp_async_16(destination + step * ROWS_PER_STEP * HEAD_DIM, source, in_range);
+      cp_async_16(destination + step * ROWS_PER_STEP * HEAD_DIM, source,
+                  !LIMITED || own_row(thread) + step * ROWS_PER_STEP < rows);
+      source += ROWS_PER_STEP * row_stride;
     }
+  }
+
+  // The rest is for a thread whose copies have landed, and concerns the chunks that it has copied itself.
+
+  template <int ROWS>
+  KATA_DEVICE void negate(int thread) const {
+    for (int step = 0; step < ROWS / ROWS_PER_STEP; ++step) {
+      auto* twos = reinterpret_cast<std::uint32_t*>(own(thread) + step * ROWS_PER_STEP * HEAD_DIM);
+      for (int i = 0; i < CHUNK / 2; ++i) twos[i] ^= 0x80008000;
+    }
+  }
+
+  // Makes 0 of what is not finite. Was there any?
+  template <int ROWS>
+  KATA_DEVICE bool clear_non_finite(int thread) const {
+    T* first = own(thread);
+    // An exponent of ones, and its lowest bit once more: that overflows into the place of the sign.
+    constexpr std::uint32_t EXPONENTS = EXPONENT<T> * 0x00010001;
+    constexpr std::uint32_t LOWEST = EXPONENTS & ~(EXPONENTS << 1);
+    std::uint32_t overflow = 0;
+#pragma unroll
+    for (int step = 0; step < ROWS / ROWS_PER_STEP; ++step) {
+      const uint4 eight = *reinterpret_cast<const uint4*>(first + step * ROWS_PER_STEP * HEAD_DIM);
+      for (const std::uint32_t two : {eight.x, eight.y, eight.z, eight.w}) overflow |= (two & EXPONENTS) + LOWEST;
+    }
+    if ((overflow & 0x80008000) == 0) return false;
+#pragma unroll 1
+    for (int number = 0; number < ROWS / ROWS_PER_STEP * CHUNK; ++number) {
+      T& value = first[number / CHUNK * ROWS_PER_STEP * HEAD_DIM + number % CHUNK];
+      if (!is_finite(value)) value = T{};
+    }
+    return true;
   }
 };
 
@@ -102,38 +174,29 @@ KATA_DEVICE float quad_sum(float value) {
 }
 
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(THREADS, 2) flash_forward_mma_kernel(const Arguments<T> args) {
+__global__ void __launch_bounds__(THREADS, blocks_of_an_sm(HEAD_DIM))
+    flash_forward_mma_kernel(const Arguments<T> args) {
   constexpr int KV = BLOCK_KV;
   constexpr int KEY_TILES = KV / 8;         // n tiles of S, 8 keys each
   constexpr int DIM_TILES = HEAD_DIM / 8;   // n tiles of O, 8 channels each
   constexpr int DIM_STEPS = HEAD_DIM / 16;  // k steps of S
   constexpr int KEY_STEPS = KV / 16;        // k steps of O
   constexpr float INF = std::numeric_limits<float>::infinity();
+  using Operand = Tile<T, HEAD_DIM>;
 
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int q_tiles = (args.queries + BLOCK_Q - 1) / BLOCK_Q;
-  const int head_index = static_cast<int>(blockIdx.x) / q_tiles;
-  const int q_tile = q_tiles - 1 - static_cast<int>(blockIdx.x) % q_tiles;  // the last tile sees the most keys: first
-  const int q_first = q_tile * BLOCK_Q;
-  const int heads = static_cast<int>(args.query.size(1));
-  const int batch = head_index / heads;
-  const int head = head_index % heads;
-  const T* q_head = &args.query(batch, head, 0, 0);
-  const T* k_head = &args.key(batch, head, 0, 0);
-  const T* v_head = &args.value(batch, head, 0, 0);
+  const Work<T> work(args, static_cast<int>(blockIdx.x));
+  const int q_first = work.q_first;
 
   T* smem = dynamic_shared<T>();
-  const Tile<T, HEAD_DIM> q_smem{smem};
-  const Tile<T, HEAD_DIM> k_smem{smem + BLOCK_Q * HEAD_DIM};
-  const Tile<T, HEAD_DIM> v_smem{smem + (BLOCK_Q + KV) * HEAD_DIM};
+  const Operand q_smem{smem};
+  const Operand k_smem{smem + BLOCK_Q * HEAD_DIM};
+  const Operand v_smem{smem + (BLOCK_Q + KV) * HEAD_DIM};
 
   const int keys_seen = min(args.keys, q_first + BLOCK_Q + args.diagonal);  // by the last query of the block
   const int kv_tiles = keys_seen <= 0 ? 0 : (keys_seen + KV - 1) / KV;
+  __shared__ int left_out;  // whether a value beyond the common keys was not finite
+  if (threadIdx.x == 0) left_out = 0;
 
-  const int warp_row = warp * ROW_TILES * 16;  // first row of this warp in the block
-  // Which row and chunk of a 16 x 16 operand each lane names to ldmatrix_x4. A: rows 0-7 and 8-15 of the left half,
-  // then of the right half. B is read transposed: K holds its columns as rows, V holds them as columns.
   float o_frag[ROW_TILES][DIM_TILES][4] = {};  // C fragments of O: [2 x 16 queries, HEAD_DIM]
   float row_max[ROW_TILES][2];                 // rows lane / 4 and lane / 4 + 8 of each row tile
   float row_sum[ROW_TILES][2];                 // this lane's share; added up over the quad at the end
@@ -146,24 +209,44 @@ __global__ void __launch_bounds__(THREADS, 2) flash_forward_mma_kernel(const Arg
     }
   }
 
+  const int first_thread = static_cast<int>(threadIdx.x);
+  const Index k_stride = args.key.stride(2);
+  const Index v_stride = args.value.stride(2);
+  const Index kv_last = (kv_tiles - 1) * KV;
+  // What this thread copies of the tile that is due next. Pointers walk: an address from a number costs more.
+  const T* k_source =
+      Operand::own_source(first_thread, &args.key(work.batch, work.head, 0, 0) + kv_last * k_stride, k_stride);
+  const T* v_source =
+      Operand::own_source(first_thread, &args.value(work.batch, work.head, 0, 0) + kv_last * v_stride, v_stride);
   if (kv_tiles > 0) {  // otherwise nobody would wait for these copies
-    q_smem.template load_async<BLOCK_Q>(q_head, static_cast<int>(args.query.stride(2)), q_first, args.queries);
-    k_smem.template load_async<KV>(k_head, static_cast<int>(args.key.stride(2)), (kv_tiles - 1) * KV, args.keys);
+    const Index q_stride = args.query.stride(2);
+    const T* q_source = Operand::own_source(first_thread, &args.query(work.batch, work.head, q_first, 0), q_stride);
+    q_smem.template load_async<BLOCK_Q, true>(first_thread, q_source, q_stride, args.queries - q_first);
+    k_smem.template load_async<KV, true>(first_thread, k_source, k_stride, args.keys - static_cast<int>(kv_last));
     cp_async_commit();
+    if (args.negated) {
+      cp_async_wait<0>();
+      q_smem.template negate<BLOCK_Q>(first_thread);
+    }
   }
 
-  int fresh_lane = lane;
-  // From the last tile to the first: the tiles that need a mask come first.
-  for (int kv_tile = kv_tiles - 1; kv_tile >= 0; --kv_tile) {
+  // One tile of keys. `masked` is a type: std::true_type if some query may not see, or nobody has, one of its keys.
+  const auto visit = [&](int kv_tile, auto masked) {
+    constexpr bool MASKED = decltype(masked)::value;
     const int kv_first = kv_tile * KV;
-    fresh_lane = computed_anew(fresh_lane);
-    const auto q_lane = q_smem.lane(warp_row + fresh_lane % 16, fresh_lane / 16);
-    const auto k_lane = k_smem.lane(fresh_lane / 16 * 8 + fresh_lane % 8, fresh_lane / 8 % 2);
-    const auto v_lane = v_smem.lane(fresh_lane % 16, fresh_lane / 16);
+    const int thread = computed_anew(first_thread);
+    const int lane = thread % 32;
+    const int warp_row = thread / 32 * ROW_TILES * 16;  // first row of this warp in the block
+    // Which row and chunk of a 16 x 16 operand each lane names to ldmatrix_x4. A: rows 0-7 and 8-15 of the left half,
+    // then of the right half. B is read transposed: K holds its columns as rows, V holds them as columns.
+    const auto q_lane = q_smem.lane(warp_row + lane % 16, lane / 16);
+    const auto k_lane = k_smem.lane(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const auto v_lane = v_smem.lane(lane % 16, lane / 16);
 
     cp_async_wait<0>();
     __syncthreads();  // k_smem (and q_smem) are full; everybody has finished with v_smem of the tile before
-    v_smem.template load_async<KV>(v_head, static_cast<int>(args.value.stride(2)), kv_first, args.keys);
+    v_smem.template load_async<KV, MASKED>(thread, v_source, v_stride, args.keys - kv_first);
+    v_source -= KV * v_stride;
     cp_async_commit();
 
     // S = Q K^T  [2 x 16 queries, KV keys]
@@ -172,9 +255,7 @@ __global__ void __launch_bounds__(THREADS, 2) flash_forward_mma_kernel(const Arg
     for (int step = 0; step < DIM_STEPS; ++step) {
       std::uint32_t q_frag[ROW_TILES][4];
 #pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m) {
-        ldmatrix_x4(q_frag[m], q_lane.at(m * 16, step * 2));
-      }
+      for (int m = 0; m < ROW_TILES; ++m) ldmatrix_x4(q_frag[m], q_lane.at(m * 16, step * 2));
 #pragma unroll
       for (int pair = 0; pair < KEY_TILES / 2; ++pair) {
         // Two B fragments at once: keys 0-7 left and right half, keys 8-15 left and right half.
@@ -191,25 +272,18 @@ __global__ void __launch_bounds__(THREADS, 2) flash_forward_mma_kernel(const Arg
     }
 
     cp_async_wait<0>();
+    // A weight of 0 does not protect those who may not see a value: 0 times NaN is NaN.
+    if (MASKED && kv_first + KV > work.common_keys && v_smem.template clear_non_finite<KV>(thread))
+      atomicOr(&left_out, 1);
     __syncthreads();  // v_smem is full; everybody has finished with k_smem
     if (kv_tile > 0) {
-      k_smem.template load_async<KV>(k_head, static_cast<int>(args.key.stride(2)), kv_first - KV, args.keys);
+      k_source -= KV * k_stride;
+      k_smem.template load_async<KV, false>(thread, k_source, k_stride, KV);
       cp_async_commit();
     }
 
-    if (args.negated) {
-#pragma unroll
-      for (int m = 0; m < ROW_TILES; ++m) {
-#pragma unroll
-        for (int n = 0; n < KEY_TILES; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s_frag[m][n][e] = -s_frag[m][n][e];
-        }
-      }
-    }
-
     // Forbid the keys beyond the end and, when causal, beyond each query's own.
-    if (kv_first + KV > min(args.keys, q_first + warp_row + args.diagonal + 1)) {
+    if (MASKED && kv_first + KV > min(args.keys, q_first + warp_row + args.diagonal + 1)) {
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
@@ -226,7 +300,7 @@ __global__ void __launch_bounds__(THREADS, 2) flash_forward_mma_kernel(const Arg
       }
     }
 
-    // P = exp(scale S - max), with the sums and the output brought to the new maximum first
+    // P = exp(scale S - max); where a maximum has risen too far, sums and output are brought to the new one first
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
@@ -236,17 +310,20 @@ __global__ void __launch_bounds__(THREADS, 2) flash_forward_mma_kernel(const Arg
         for (int n = 0; n < KEY_TILES; ++n) {
           tile_max = fmaxf(tile_max, fmaxf(s_frag[m][n][half * 2], s_frag[m][n][half * 2 + 1]));
         }
-        const float new_max = fmaxf(row_max[m][half], quad_max(tile_max));
-        // While a row has seen no key its maximum is -inf, and -inf minus -inf would be NaN.
-        const float shift = new_max == -INF ? 0.0f : new_max * args.scale_log2;
-        const float rescale = fast_exp2(row_max[m][half] * args.scale_log2 - shift);
-        row_max[m][half] = new_max;
-        row_sum[m][half] *= rescale;
+        tile_max = quad_max(tile_max);
+        if (__any_sync(FULL_WARP, (tile_max - row_max[m][half]) * args.scale_log2 > LAG)) {
+          const float new_max = fmaxf(row_max[m][half], tile_max);
+          const float rescale = new_max == -INF ? 1.0f : fast_exp2((row_max[m][half] - new_max) * args.scale_log2);
+          row_max[m][half] = new_max;
+          row_sum[m][half] *= rescale;
 #pragma unroll
-        for (int n = 0; n < DIM_TILES; ++n) {
-          o_frag[m][n][half * 2] *= rescale;
-          o_frag[m][n][half * 2 + 1] *= rescale;
+          for (int n = 0; n < DIM_TILES; ++n) {
+            o_frag[m][n][half * 2] *= rescale;
+            o_frag[m][n][half * 2 + 1] *= rescale;
+          }
         }
+        // While a row has seen no key its maximum is -inf, and -inf minus -inf would be NaN.
+        const float shift = row_max[m][half] == -INF ? 0.0f : row_max[m][half] * args.scale_log2;
 #pragma unroll
         for (int n = 0; n < KEY_TILES; ++n) {
           float& left = s_frag[m][n][half * 2];
@@ -286,37 +363,68 @@ __global__ void __launch_bounds__(THREADS, 2) flash_forward_mma_kernel(const Arg
         }
       }
     }
+  };
+
+  // From the last tile to the first: the tiles that need a mask come first.
+  const int first_masked = has_two_loops(HEAD_DIM) ? max(0, min(args.keys, work.common_keys)) / KV : 0;
+  int kv_tile = kv_tiles - 1;
+#pragma unroll 1
+  for (; kv_tile >= first_masked; --kv_tile) visit(kv_tile, std::true_type{});
+  if constexpr (has_two_loops(HEAD_DIM)) {
+#pragma unroll 1
+    for (; kv_tile >= 0; --kv_tile) visit(kv_tile, std::false_type{});
   }
 
   // O / l through shared memory, where a warp's own rows of q_smem are free: rows leave in whole chunks.
+  // Where that is gets computed again instead of kept all the while.
+  const Work<T> same(args, computed_anew(static_cast<int>(blockIdx.x)));
+  const int thread = computed_anew(static_cast<int>(threadIdx.x));
+  const int lane = thread % 32;
+  const int warp_row = thread / 32 * ROW_TILES * 16;
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(row_sum[m][half]);
-      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // NaN stays
       const int row = warp_row + m * 16 + half * 8 + lane / 4;
 #pragma unroll
       for (int n = 0; n < DIM_TILES; ++n) {
         const std::uint32_t two = pack2<T>(o_frag[m][n][half * 2] * inverse, o_frag[m][n][half * 2 + 1] * inverse);
         *reinterpret_cast<std::uint32_t*>(q_smem.at(row, n) + lane % 4 * 2) = two;
       }
-      if (lane % 4 == 0 && q_first + row < args.queries) {
+      if (lane % 4 == 0 && same.q_first + row < args.queries) {
         constexpr float LN2 = 0.69314718055994531f;
-        args.lse(batch, head, q_first + row) = sum > 0.0f ? row_max[m][half] * args.scale_log2 * LN2 + logf(sum) : -INF;
+        args.lse(same.batch, same.head, same.q_first + row) =
+            sum == 0.0f ? -INF : row_max[m][half] * args.scale_log2 * LN2 + logf(sum);
       }
     }
   }
   __syncwarp();  // this warp's rows are complete
+  if (kv_tiles > 0 && left_out) {
+    // What was left out for the sake of those who may not see it belongs to those who may.
+#pragma unroll 1
+    for (int index = lane; index < ROW_TILES * 16 * HEAD_DIM; index += 32) {
+      const int row = warp_row + index / HEAD_DIM;
+      const int channel = index % HEAD_DIM;
+      const int end = min(args.keys, same.common_keys + row);
+      T& output = q_smem.at(row, channel / CHUNK)[channel % CHUNK];
+      for (int key = max(0, same.common_keys) / KV * KV; key < end; ++key) {
+        const T value = args.value(same.batch, same.head, key, channel);
+        if (!is_finite(value)) output = from_float<T>(to_float(output) + to_float(value));
+      }
+    }
+    __syncwarp();
+  }
   constexpr int CHUNKS = HEAD_DIM / CHUNK;
 #pragma unroll
   for (int step = 0; step < ROW_TILES * 16 * CHUNKS / 32; ++step) {
     const int index = step * 32 + lane;
     const int row = warp_row + index / CHUNKS;
     const int chunk = index % CHUNKS;
-    if (q_first + row < args.queries) {
-      *reinterpret_cast<uint4*>(&args.output(batch, head, q_first + row, chunk * CHUNK)) =
+    if (same.q_first + row < args.queries) {
+      *reinterpret_cast<uint4*>(&args.output(same.batch, same.head, same.q_first + row, chunk * CHUNK)) =
           *reinterpret_cast<const uint4*>(q_smem.at(row, chunk));
     }
   }

@@ -10,7 +10,7 @@ namespace flashkata {
 namespace {
 
 constexpr Index SEGMENTS = 4;         // of the outer loop, each of which may run on a thread of its own
-constexpr Index DIAGONAL_STRIP = 32;  // rows of a tile on the diagonal that are computed at a time
+constexpr Index DIAGONAL_STRIP = 16;  // rows of a tile on the diagonal that are computed at a time
 
 using Rows = decltype(as_matrix(std::declval<View<const float, 2>>()));  // [S, D], rows maybe far apart in memory
 using Gradient = Eigen::Ref<Matrix>;                                     // [S, D] or some of its rows, to be added to

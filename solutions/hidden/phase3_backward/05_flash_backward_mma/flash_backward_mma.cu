@@ -588,16 +588,13 @@ constexpr int QUERIES_WARPS = 4;
 constexpr int QUERIES_THREADS = 32 * QUERIES_WARPS;
 constexpr int QUERIES_BLOCK = 16 * QUERIES_WARPS;  // queries, and keys in a tile
 
-template <int HEAD_DIM>
-constexpr int QUERIES_SIZE = QUERIES_BLOCK * HEAD_DIM;  // elements of a tile
-
 // A block owns 64 queries, a warp 16 of them, and walks over the keys. Nothing is transposed here: the C fragments of
 // S = Q K^T and dP = dO V^T have queries as rows, and dS of them is the A fragment of dS K.
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(QUERIES_THREADS) queries_kernel(const Arguments<T> args) {
   constexpr int BLOCK = QUERIES_BLOCK;
-  constexpr int SIZE = QUERIES_SIZE<HEAD_DIM>;
-  constexpr int KV_TILES = BLOCK / 8;  // n tiles of S and dP
+  constexpr int SIZE = BLOCK * HEAD_DIM;  // elements of a tile
+  constexpr int KV_TILES = BLOCK / 8;     // n tiles of S and dP
 
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp_query = static_cast<int>(threadIdx.x) / 32 * 16;  // first query of this warp in the block
@@ -735,7 +732,7 @@ void launch_for(const FlashBackward<T>& p, const Stream& stream) {
   launch_blocks(delta_kernel<T, HEAD_DIM>, queries, ROWS_PER_BLOCK<HEAD_DIM>, ROW_THREADS, 0);
   launch_blocks(keys_kernel<T, HEAD_DIM>, keys, Cut::BLOCK_KV, Cut::THREADS, KEYS_BYTES);
   if (p.deterministic) {
-    constexpr std::size_t QUERIES_BYTES = (6 * QUERIES_SIZE<HEAD_DIM> + QUERIES_SIZE<QUERIES_BLOCK>)*sizeof(T);
+    constexpr std::size_t QUERIES_BYTES = QUERIES_BLOCK * (6 * HEAD_DIM + QUERIES_BLOCK) * sizeof(T);
     launch_blocks(queries_kernel<T, HEAD_DIM>, queries, QUERIES_BLOCK, QUERIES_THREADS, QUERIES_BYTES);
   } else {
     launch_blocks(round_kernel<T, HEAD_DIM>, queries, ROWS_PER_BLOCK<HEAD_DIM>, ROW_THREADS, 0);
