@@ -280,11 +280,30 @@ KATA_DEVICE Real d_score_of(const Arguments& args, Real weight, Real d_weight, R
   }
 }
 
+// Four neighbours of a row at once: the fewer accesses, the less there is to watch.
+struct Four {
+  float at[4];
+};
+KATA_DEVICE Four four_of(const float* row) {
+  const float4 four = *reinterpret_cast<const float4*>(row);
+  return {{four.x, four.y, four.z, four.w}};
+}
+
+// Four neighbours times `by`, or zeros.
+KATA_DEVICE void store(float* smem, const float* row, float by) {
+  const Four from = row == nullptr ? Four{} : four_of(row);
+  *reinterpret_cast<float4*>(smem) = make_float4(by * from.at[0], by * from.at[1], by * from.at[2], by * from.at[3]);
+}
+
 // The product of two rows; `of_values` tells dP from S.
 template <typename Real>
 KATA_DEVICE Real dot(const Arguments& args, const float* one, const float* other, Real sum, bool of_values) {
   const int width = args.play == Play::half_of_128 && of_values ? min(args.width, 64) : args.width;
-  for (int d = 0; d < width; ++d) sum += static_cast<Real>(one[d]) * static_cast<Real>(other[d]);
+  for (int d = 0; d < width; d += 4) {
+    const Four a = four_of(one + d);
+    const Four b = four_of(other + d);
+    for (int n = 0; n < 4; ++n) sum += static_cast<Real>(a.at[n]) * static_cast<Real>(b.at[n]);
+  }
   return sum;
 }
 
@@ -372,8 +391,8 @@ __global__ void keys_kernel(const Arguments args) {
   float* lse_smem = do_smem + tile * width;
   float* delta_smem = lse_smem + tile;
 
-  float k_reg[WIDEST];
-  float v_reg[WIDEST];
+  alignas(16) float k_reg[WIDEST];
+  alignas(16) float v_reg[WIDEST];
   Real dk_reg[WIDEST];
   Real dv_reg[WIDEST];
   for (int d = 0; d < width; ++d) {
@@ -406,15 +425,16 @@ __global__ void keys_kernel(const Arguments args) {
     } else if (play != Play::no_barrier_before) {
       __syncthreads();
     }
-    for (int index = thread; index < tile * width; index += threads) {
+    for (int index = 4 * thread; index < tile * width; index += 4 * threads) {
       const int i = q_first + index / width;
       const int d = index % width;
       const bool inside = i < args.queries || play == Play::load_unguarded;
       if (!inside && play == Play::shared_unset) continue;
-      q_smem[index] = inside ? q_head[i][d] : 0.0f;
-      do_smem[index] = inside ? do_head[i][d] : 0.0f;
-      if (play == Play::right_prescaled) q_smem[index] *= args.score_scale;
-      if (play == Play::d_output_ignored) do_smem[index] = 1.0f;
+      const float by = play == Play::right_prescaled ? args.score_scale : 1.0f;
+      store(q_smem + index, inside ? q_head[i] + d : nullptr, by);
+      store(do_smem + index, inside ? do_head[i] + d : nullptr, 1.0f);
+      if (play == Play::d_output_ignored)
+        for (int n = 0; n < 4; ++n) do_smem[index + n] = 1.0f;
     }
     for (int row = thread; row < tile; row += threads) {
       const int i = q_first + row;
@@ -462,9 +482,14 @@ __global__ void keys_kernel(const Arguments args) {
       if (play == Play::scores_in_shared) delta_smem[tile + i * threads + thread] = static_cast<float>(weight);
       if (!seen && play != Play::masked_nan_leak && play != Play::blind_nan) continue;
       const bool swapped = play == Play::dq_dk_swapped && args.queries == args.keys;
-      for (int d = 0; d < width; ++d) {
-        dv_reg[d] += (play == Play::dv_from_ds ? ds : weight) * static_cast<Real>(do_row[d]);
-        dk_reg[d] += ds * static_cast<Real>(swapped ? k_reg[d] : q_row[d]);
+      const Real of_value = play == Play::dv_from_ds ? ds : weight;
+      for (int d = 0; d < width; d += 4) {
+        const Four d_output = four_of(do_row + d);
+        const Four query = four_of(swapped ? k_reg + d : q_row + d);
+        for (int n = 0; n < 4; ++n) {
+          dv_reg[d + n] += of_value * static_cast<Real>(d_output.at[n]);
+          dk_reg[d + n] += ds * static_cast<Real>(query.at[n]);
+        }
       }
       if (!args.atomics || !args.for_dk) continue;
       for (int d = 0; d < width; ++d) {
@@ -528,8 +553,8 @@ __global__ void queries_kernel(const Arguments args) {
   float* v_smem = k_smem + tile * width;    // [tile, width]
   const Rows<const float> k_head = keys_of(args, args.p.key, b, h);
   const Rows<const float> v_head = values_of(args, b, h);
-  float q_reg[WIDEST];
-  float do_reg[WIDEST];
+  alignas(16) float q_reg[WIDEST];
+  alignas(16) float do_reg[WIDEST];
   Real dq_reg[WIDEST];
   for (int d = 0; d < width; ++d) {
     q_reg[d] = mine ? rows_of(args, args.p.query, b, h)[i][d] : 0.0f;
@@ -550,12 +575,12 @@ __global__ void queries_kernel(const Arguments args) {
   for (int turn = 0; turn < tiles; ++turn) {
     const int kv_first = (play == Play::right_backwards ? tiles - 1 - turn : turn) * tile;
     if (play != Play::no_barrier_before) __syncthreads();
-    for (int index = thread; index < tile * width; index += threads) {
+    for (int index = 4 * thread; index < tile * width; index += 4 * threads) {
       const int j = kv_first + index / width;
       const bool inside = j < args.keys || (play == Play::end_uncapped && j < end);
-      k_smem[index] = inside ? k_head[j][index % width] : 0.0f;
-      v_smem[index] = inside ? v_head[j][index % width] : 0.0f;
-      if (play == Play::dp_from_key) v_smem[index] = k_smem[index];
+      const int d = index % width;
+      store(k_smem + index, inside ? k_head[j] + d : nullptr, 1.0f);
+      store(v_smem + index, inside ? (play == Play::dp_from_key ? k_head : v_head)[j] + d : nullptr, 1.0f);
     }
     if (play != Play::no_barrier_after) __syncthreads();
     if (!mine) continue;
@@ -585,7 +610,10 @@ __global__ void queries_kernel(const Arguments args) {
               ? weight * dot(args, do_reg, v_smem + row * width, -delta, true)
               : d_score_of(args, weight, dot(args, do_reg, v_smem + row * width, Real{0}, true), subtracted);
       const bool swapped = play == Play::dq_dk_swapped && args.queries == args.keys;
-      for (int d = 0; d < width; ++d) dq_reg[d] += ds * static_cast<Real>(swapped ? q_reg[d] : k_row[d]);
+      for (int d = 0; d < width; d += 4) {
+        const Four key = four_of(swapped ? q_reg + d : k_row + d);
+        for (int n = 0; n < 4; ++n) dq_reg[d + n] += ds * static_cast<Real>(key.at[n]);
+      }
     }
   }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 #include <numbers>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -29,10 +30,11 @@ typedef std::uint32_t LaneBits __attribute__((vector_size(VECTOR * sizeof(float)
 // [-1/2, 1/2]: for the rest there is a polynomial (relative error 1e-7), and n belongs into the bits of the exponent.
 Rows exp2(const Rows& x) {
   constexpr float ROUND = 12582912.0f + 127.0f;  // 1.5 * 2^23: what is added to it loses its fraction; 127: of 2^0
-  const Rows capped = x.max(-126.0f);
+  const Lanes lowest = Lanes{} - 126.0f;
   Rows result;
   for (int part = 0; part < PANEL; part += VECTOR) {
-    const Lanes lanes = reinterpret_cast<const Lanes&>(capped.coeffRef(part));
+    Lanes lanes = reinterpret_cast<const Lanes&>(x.coeffRef(part));
+    lanes = lanes < lowest ? lowest : lanes;
     const Lanes n = lanes + ROUND;
     const Lanes rest = lanes - (n - ROUND);
     Lanes power = 1.32647238e-3f * rest + 9.67151858e-3f;
@@ -159,14 +161,19 @@ TiledResult tiled_forward(View<const float, 4> q, View<const float, 4> k, View<c
   const float scale = options.scale.value_or(1.0f / std::sqrt(static_cast<float>(q.size(3))));
   TiledResult result{Tensor<float, 4>({batch, heads, queries, v.size(3)}), Tensor<float, 3>({batch, heads, queries})};
 
-  // Tiles of queries share nothing that is written. The last ones first: with a causal mask they are the longest, and
-  // at the end only short ones should be left to wait for.
-  const Index row_tiles = (queries + options.block_rows - 1) / options.block_rows;
-  parallel_for(row_tiles * batch * heads, options.threads, [&](Index task) {
+  // Tiles of queries share nothing that is written. Where they are few for so many threads, they are halved (between
+  // panels, which changes no bit): a thread that starts late then has less to be waited for.
+  const Index threads = options.threads > 0 ? options.threads : std::max<Index>(1, std::thread::hardware_concurrency());
+  const auto tiles = [&](Index rows) { return (queries + rows - 1) / rows; };
+  Index rows = options.block_rows;
+  while (rows % (2 * PANEL) == 0 && tiles(rows) * batch * heads < 4 * threads) rows /= 2;
+
+  // The last ones first: with a causal mask they are the longest, and at the end only short ones should be left.
+  parallel_for(tiles(rows) * batch * heads, options.threads, [&](Index task) {
     const Index b = task / heads % batch;
     const Index h = task % heads;
-    const Index first_query = (row_tiles - 1 - task / (batch * heads)) * options.block_rows;
-    const Index end_query = first_query + std::min(options.block_rows, queries - first_query);
+    const Index first_query = (tiles(rows) - 1 - task / (batch * heads)) * rows;
+    const Index end_query = first_query + std::min(rows, queries - first_query);
     forward_row_tile(as_matrix(q[b][h]), as_matrix(k[b][h]), as_matrix(v[b][h]), first_query, end_query, scale, options,
                      result.output.view()[b][h], result.lse.view()[b][h]);
   });
