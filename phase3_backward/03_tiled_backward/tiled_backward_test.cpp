@@ -573,11 +573,11 @@ TEST_SUITE("phase3.03_tiled_backward") {
     for (const LoopOrder order : ORDERS) {
       for (const bool causal : {false, true}) {
         const TiledBackwardOptions options{
-            .causal = causal, .order = order, .block_rows = 4, .block_cols = 4, .threads = 1};
-        Given given(9, 11, causal, 304);  // changed in place: an answer may not be remembered by address
+            .causal = causal, .order = order, .block_rows = 3, .block_cols = 3, .threads = 1};
+        Given given(6, 8, causal, 304);  // changed in place: an answer may not be remembered by address
         const TiledGradients before = given.call(options);
-        for (Index i = 0; i < 9; ++i) {
-          for (Index j = 0; j < keys_seen(causal, i, 9, 11); ++j) {
+        for (Index i = 0; i < 6; ++i) {
+          for (Index j = 0; j < keys_seen(causal, i, 6, 8); ++j) {
             for (const float content : {50.0f, NOT_A_NUMBER}) {
               const auto reaches = [&](float& place, const auto& gradient) {
                 const float old = std::exchange(place, content);
@@ -713,17 +713,18 @@ TEST_SUITE("phase3.03_tiled_backward") {
     ask("Two tiles add to the same row of a gradient, one on each of two threads. Who reads the row while the other "
         "writes it? And in which order do the two come, the next time you call?");
     for (const bool causal : {false, true}) {
-      for (const Shape<4>& shape : {Shape<4>{2, 2, 45, 4}, Shape<4>{1, 1, 200, 8}}) {
+      for (const Shape<4>& shape : {Shape<4>{2, 2, 45, 4}, Shape<4>{1, 1, 400, 2}}) {
         const Tensor<float, 4> q = normal(shape, 12), k = normal(shape, 13), v = normal(shape, 14);
         const Tensor<float, 4> d_output = normal(shape, 15);
-        const Saved forward = saved(q, k, v, causal);
+        Saved forward{normal(shape, 16), Tensor<float, 3>({shape[0], shape[1], shape[2]})};
+        std::fill_n(forward.lse.data(), forward.lse.count(), 6.0f);  // any will do: bits are compared, not numbers
         for (const LoopOrder order : ORDERS) {
           TiledBackwardOptions options{
               .causal = causal, .order = order, .block_rows = 4, .block_cols = 8, .threads = 1};
           const auto call = [&] { return gradients(q, k, v, forward.output, forward.lse, d_output, options); };
           const TiledGradients want = call();
           // Many calls: who adds up in the order in which threads arrive is right every now and then.
-          for (const int threads : {2, 3, 8, 0, 4, 64, 3, 3, 3, 2, 3, 3, 3, 4, 3, 3, 3}) {
+          for (const int threads : {2, 3, 8, 0, 4, 64, 3, 3, 3, 3}) {
             options.threads = threads;
             if (!expect_same(call(), want, "with threads = " + std::to_string(threads) + "; " + text(order))) return;
           }

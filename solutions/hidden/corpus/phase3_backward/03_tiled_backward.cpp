@@ -103,7 +103,7 @@ const corpus::Answers answers{
     {"causal-offset-clamped", "causal-offset-clamped"},
     {"bwd-causal-start-block", "bwd-causal-start-block"},
     {"bwd-causal-start-block, from the last key", "causal-bound-floor"},
-    {"bwd-causal-start-no-offset", "causal-bound-no-offset"},
+    {"causal-bound without the offset with keys outside", "causal-bound-no-offset"},
     {"causal-bound-floor", "causal-bound-floor"},
     {"causal-bound-first-row", "bwd-causal-start-block"},
     {"causal-bound without the offset", "causal-bound-no-offset"},
@@ -206,7 +206,7 @@ const bool CAUSAL_SKIP_TOO_EARLY = plays("causal-skip-too-early");
 const bool ONE_TILE_MORE_THAN_NEEDED = plays("one tile more than needed");
 const bool CAUSAL_START_BLOCK = plays("bwd-causal-start-block");
 const bool CAUSAL_START_BLOCK_FROM_THE_LAST_KEY = plays("bwd-causal-start-block, from the last key");
-const bool CAUSAL_START_NO_OFFSET = plays("bwd-causal-start-no-offset");
+const bool NO_OFFSET_WITH_KEYS_OUTSIDE = plays("causal-bound without the offset with keys outside");
 const bool CAUSAL_BOUND_FLOOR = plays("causal-bound-floor");
 const bool CAUSAL_BOUND_FIRST_ROW = plays("causal-bound-first-row");
 const bool CAUSAL_BOUND_WITHOUT_THE_OFFSET = plays("causal-bound without the offset");
@@ -347,7 +347,7 @@ class Backward {
       if (CAUSAL_START_BLOCK_FROM_THE_LAST_KEY && first > 0) {
         return i0 >= (first + cols - 1) / br() * br();
       }
-      if (CAUSAL_START_NO_OFFSET) return i0 >= j0 / br() * br();
+      if (NO_OFFSET_WITH_KEYS_OUTSIDE) return i0 >= j0 / br() * br();
     } else {
       // The last tile of keys that one of the queries sees.
       const Index end = i0 + rows + offset_;

@@ -228,6 +228,8 @@ __global__ void __launch_bounds__(THREADS, blocks_of_an_sm(HEAD_DIM))
       cp_async_wait<0>();
       q_smem.template negate<BLOCK_Q>(first_thread);
     }
+  } else {
+    __syncthreads();  // left_out is 0: there is no other barrier on this way
   }
 
   // One tile of keys. `masked` is a type: std::true_type if some query may not see, or nobody has, one of its keys.
