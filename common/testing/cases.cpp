@@ -258,14 +258,21 @@ Tensor<T, 4> absolute(const Tensor<T, 4>& tensor) {
 
 // weights [B, H, M, N] times values [B, H, N, D], head by head.
 Tensor<double, 4> weighted_sum(const Tensor<double, 4>& weights, const Tensor<double, 4>& values) {
-  Tensor<double, 4> sum({weights.size(0), weights.size(1), weights.size(2), values.size(3)});
-  for (Index b = 0; b < sum.size(0); ++b)
-    for (Index h = 0; h < sum.size(1); ++h)
-      for (Index i = 0; i < sum.size(2); ++i)
-        for (Index d = 0; d < sum.size(3); ++d) {
-          sum(b, h, i, d) = 0.0;
-          for (Index j = 0; j < values.size(2); ++j) sum(b, h, i, d) += weights(b, h, i, j) * values(b, h, j, d);
-        }
+  const Index rows = weights.size(2);
+  const Index terms = weights.size(3);
+  const Index width = values.size(3);
+  Tensor<double, 4> sum({weights.size(0), weights.size(1), rows, width});
+  std::fill_n(sum.data(), sum.count(), 0.0);
+  const double* weight = weights.data();
+  double* row = sum.data();
+  for (Index head = 0; head < weights.size(0) * weights.size(1); ++head) {
+    for (Index i = 0; i < rows; ++i, row += width) {
+      const double* value = values.data() + head * terms * width;
+      for (Index j = 0; j < terms; ++j, ++weight) {
+        for (Index d = 0; d < width; ++d) row[d] += *weight * *value++;
+      }
+    }
+  }
   return sum;
 }
 
@@ -307,14 +314,15 @@ struct Judged {
 // The largest sum of |scale * query * key| over the channels of a pair: what fp32 rounds the scores against.
 double largest_score(const AttentionCase& c, const Tensor<double, 4>& query, const Tensor<double, 4>& key) {
   double largest = 0.0;
-  for (Index b = 0; b < c.batch; ++b)
-    for (Index h = 0; h < c.heads; ++h)
-      for (Index i = 0; i < c.queries; ++i)
-        for (Index j = 0; j < c.keys; ++j) {
-          double sum = 0.0;
-          for (Index d = 0; d < c.width; ++d) sum += std::abs(query(b, h, i, d) * key(b, h, j, d));
-          largest = std::max(largest, sum * std::abs(scale_of(c)));
-        }
+  for (Index head = 0; head < c.batch * c.heads; ++head)
+    for (Index i = 0; i < c.queries; ++i)
+      for (Index j = 0; j < c.keys; ++j) {
+        const double* q = query.data() + (head * c.queries + i) * c.width;
+        const double* k = key.data() + (head * c.keys + j) * c.width;
+        double sum = 0.0;
+        for (Index d = 0; d < c.width; ++d) sum += std::abs(q[d] * k[d]);
+        largest = std::max(largest, sum * std::abs(scale_of(c)));
+      }
   return largest;
 }
 
