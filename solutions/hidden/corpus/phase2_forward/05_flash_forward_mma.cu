@@ -51,7 +51,13 @@ const corpus::Answers answers{
     {"never divides", "no-final-div"},
     {"lse in base 2", "lse-base2"},
     {"lse without maximum", "lse-missing-max"},
+    {"forbidden NaN leaks", corpus::UNNAMED},
+    {"forbidden inf leaks", corpus::UNNAMED},
+    {"NaN taken from all", corpus::UNNAMED},
+    {"NaN makes a row empty", corpus::UNNAMED},
     {"lazy", corpus::RIGHT},
+    {"two passes", corpus::RIGHT},
+    {"K Q^T turned over", corpus::RIGHT},
     {"forwards", corpus::RIGHT},
     {"ldmatrix_x2", corpus::RIGHT},
     {"expf", corpus::RIGHT},
@@ -121,7 +127,13 @@ enum class Deviation {
   no_division,
   lse_base2,
   lse_missing_max,
+  nan_leaks,
+  inf_leaks,
+  nan_taken,
+  nan_empties,
   lazy,
+  two_passes,
+  turned_over,
   forwards,
   x2,
   expf_instead,
@@ -175,7 +187,13 @@ constexpr struct {
     {"never divides", Deviation::no_division},
     {"lse in base 2", Deviation::lse_base2},
     {"lse without maximum", Deviation::lse_missing_max},
+    {"forbidden NaN leaks", Deviation::nan_leaks},
+    {"forbidden inf leaks", Deviation::inf_leaks},
+    {"NaN taken from all", Deviation::nan_taken},
+    {"NaN makes a row empty", Deviation::nan_empties},
     {"lazy", Deviation::lazy},
+    {"two passes", Deviation::two_passes},
+    {"K Q^T turned over", Deviation::turned_over},
     {"forwards", Deviation::forwards},
     {"ldmatrix_x2", Deviation::x2},
     {"expf", Deviation::expf_instead},
@@ -223,11 +241,61 @@ struct Tile {
       cp_async_16(at(row, chunk), source, in_range);
     }
   }
+
+  // What this thread has copied and is not finite, or is not a number, becomes 0. Was there any?
+  template <int ROWS, int THREADS>
+  KATA_DEVICE bool clear(bool only_nan) const {
+    const auto stays = [only_nan](std::uint32_t bits) {
+      T number;
+      number.x = static_cast<std::uint16_t>(bits);
+      const float value = to_float(number);
+      return only_nan ? value == value : fabsf(value) < std::numeric_limits<float>::infinity();
+    };
+    bool any = false;
+    for (int index = static_cast<int>(threadIdx.x); index < ROWS * static_cast<int>(CHUNKS); index += THREADS) {
+      T* chunk = at(index / static_cast<int>(CHUNKS), index % static_cast<int>(CHUNKS));
+      const uint4 eight = *reinterpret_cast<const uint4*>(chunk);
+      bool all_stay = true;
+      for (const std::uint32_t two : {eight.x, eight.y, eight.z, eight.w}) {
+        all_stay = all_stay && stays(two & 0xffffu) && stays(two >> 16);
+      }
+      if (all_stay) continue;
+      any = true;
+      for (int i = 0; i < CHUNK; ++i) {
+        if (!stays(chunk[i].x)) chunk[i] = T{};
+      }
+    }
+    return any;
+  }
 };
 
 template <typename T>
 KATA_DEVICE float round_trip(float value) {
   return to_float(from_float<T>(value));
+}
+
+template <typename T>
+KATA_DEVICE bool is_finite(T number) {
+  return fabsf(to_float(number)) < std::numeric_limits<float>::infinity();
+}
+
+// Two C fragments of S^T, [16 keys, 8 queries] each, become those of S, [16 queries, 8 keys] each.
+KATA_DEVICE void turn_over(float (&left)[4], float (&right)[4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float turned[2][4];
+  for (int keys = 0; keys < 2; ++keys) {
+    for (int e = 0; e < 4; ++e) {
+      const float(&from)[4] = e < 2 ? left : right;  // queries 0-7, queries 8-15
+      const int key = lane % 4 * 2 + e % 2, query = lane / 4;
+      const float even = __shfl_sync(FULL_WARP, from[keys * 2], key * 4 + query / 2);
+      const float odd = __shfl_sync(FULL_WARP, from[keys * 2 + 1], key * 4 + query / 2);
+      turned[keys][e] = query % 2 == 0 ? even : odd;
+    }
+  }
+  for (int e = 0; e < 4; ++e) {
+    left[e] = turned[0][e];
+    right[e] = turned[1][e];
+  }
 }
 
 // Two 16-bit numbers, each times `factor`.
@@ -310,12 +378,18 @@ __global__ void __launch_bounds__(32 * WARPS) flash_forward_mma_kernel(const Arg
     cp_async_commit();
   }
 
-  for (int step_number = 0; step_number < kv_tiles; ++step_number) {
-    const bool forwards = play == Deviation::forwards;
+  const bool forwards = play == Deviation::forwards;
+  const int common_keys = q_first + args.diagonal + 1;  // which every query of the block sees
+  __shared__ int left_out;                              // was a value beyond them not finite?
+  if (threadIdx.x == 0) left_out = 0;
+  const int passes = play == Deviation::two_passes ? 2 : 1;  // the first one for the maximum alone
+  for (int visit = 0; visit < passes * kv_tiles; ++visit) {
+    const int step_number = visit % kv_tiles;
+    const bool only_maximum = visit < (passes - 1) * kv_tiles;
     const int kv_tile = forwards ? step_number : kv_tiles - 1 - step_number;
     const int kv_first = kv_tile * KV;
-    const int next_first = kv_first + (forwards ? KV : -KV);
-    const bool another = step_number + 1 < kv_tiles;
+    const int next_first = step_number + 1 == kv_tiles ? (kv_tiles - 1) * KV : kv_first + (forwards ? KV : -KV);
+    const bool another = visit + 1 < passes * kv_tiles;
     const int left_row = lane % 16, left_chunk = lane / 16;                      // A, and B transposed
     const int right_row = lane / 16 * 8 + lane % 8, right_chunk = lane / 8 % 2;  // B
     const bool k_swapped = play == Deviation::k_x4_order, v_swapped = play == Deviation::v_x4_order;
@@ -328,7 +402,7 @@ __global__ void __launch_bounds__(32 * WARPS) flash_forward_mma_kernel(const Arg
 
     cp_async_wait<0>();
     if (play != Deviation::no_first_barrier) __syncthreads();  // k_smem is full, v_smem is free
-    v_smem.template load_async<KV, THREADS>(v_head, v_stride, kv_first, key_limit);
+    if (!only_maximum) v_smem.template load_async<KV, THREADS>(v_head, v_stride, kv_first, key_limit);
     cp_async_commit();
     if (play == Deviation::no_overlap) cp_async_wait<0>();
 
@@ -365,6 +439,15 @@ __global__ void __launch_bounds__(32 * WARPS) flash_forward_mma_kernel(const Arg
         const std::uint32_t high[2] = {k_frag[2], k_frag[3]};
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
+          if (play == Deviation::turned_over) {  // K is A and Q is B: the fragments hold S^T until all channels are in
+            std::uint32_t k_as_a[4], q_as_b[4];
+            ldmatrix_x4(k_as_a, k_smem.at(pair * 16 + left_row, step * 2 + left_chunk));
+            ldmatrix_x4(q_as_b, q_smem.at(warp_row + m * 16 + right_row, step * 2 + right_chunk));
+            mma_m16n8k16<T>(s_frag[m][2 * pair], k_as_a, {q_as_b[0], q_as_b[1]}, s_frag[m][2 * pair]);
+            mma_m16n8k16<T>(s_frag[m][2 * pair + 1], k_as_a, {q_as_b[2], q_as_b[3]}, s_frag[m][2 * pair + 1]);
+            if (step == DIM_STEPS - 1) turn_over(s_frag[m][2 * pair], s_frag[m][2 * pair + 1]);
+            continue;
+          }
           mma_m16n8k16<T>(s_frag[m][2 * pair], q_frag[m], low, s_frag[m][2 * pair]);
           mma_m16n8k16<T>(s_frag[m][2 * pair + 1], q_frag[m], high, s_frag[m][2 * pair + 1]);
         }
@@ -380,6 +463,10 @@ __global__ void __launch_bounds__(32 * WARPS) flash_forward_mma_kernel(const Arg
       cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
+    }
+    if (kv_first + KV > common_keys && !only_maximum && play != Deviation::nan_leaks &&
+        play != Deviation::wait_one_less && v_smem.template clear<KV, THREADS>(play == Deviation::inf_leaks)) {
+      atomicOr(&left_out, 1);
     }
     if (play != Deviation::no_second_barrier) __syncthreads();  // v_smem is full; everybody has finished with k_smem
     if (another && !early) {
@@ -455,6 +542,10 @@ __global__ void __launch_bounds__(32 * WARPS) flash_forward_mma_kernel(const Arg
         else
           tile_max = quad_max(tile_max);
         float new_max = fmaxf(row_max[m][half], tile_max);
+        if (only_maximum) {
+          row_max[m][half] = new_max;
+          continue;
+        }
         // 2^8 is far from overflow: while the maximum rises by less, the old one will do.
         if (play == Deviation::lazy && (new_max - row_max[m][half]) * args.scale_log2 < 8.0f)
           new_max = row_max[m][half];
@@ -499,7 +590,8 @@ __global__ void __launch_bounds__(32 * WARPS) flash_forward_mma_kernel(const Arg
       for (int m = 0; m < ROW_TILES; ++m) row_sum[m][0] = row_sum[m][1] = row_sum[m][0] + row_sum[m][1];
     }
 
-    // O += P V  [2 x 16 queries, HEAD_DIM]
+    if (only_maximum) continue;
+      // O += P V  [2 x 16 queries, HEAD_DIM]
 #pragma unroll
     for (int step = 0; step < KEY_STEPS; ++step) {
       std::uint32_t p_frag[ROW_TILES][4];
@@ -560,7 +652,8 @@ __global__ void __launch_bounds__(32 * WARPS) flash_forward_mma_kernel(const Arg
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(row_sum[m][half]);
-      float inverse = sum > 0.0f || play == Deviation::divide_by_zero ? 1.0f / sum : 0.0f;
+      const bool empty = play == Deviation::nan_empties ? !(sum > 0.0f) : sum == 0.0f;
+      float inverse = !empty || play == Deviation::divide_by_zero ? 1.0f / sum : 0.0f;
       if (play == Deviation::no_division) inverse = 1.0f;
       const int row = warp_row + m * 16 + half * 8 + lane / 4;
 #pragma unroll
@@ -574,11 +667,22 @@ __global__ void __launch_bounds__(32 * WARPS) flash_forward_mma_kernel(const Arg
         float lse = log2_part * LN2 + logf(sum);
         if (play == Deviation::lse_base2) lse /= LN2;
         if (play == Deviation::lse_missing_max) lse = logf(sum);
-        args.lse(batch, head, q_first + row) = sum > 0.0f ? lse : -INF;
+        args.lse(batch, head, q_first + row) = empty ? -INF : lse;
       }
     }
   }
-  __syncwarp();  // this warp's rows are complete
+  __syncwarp();                                                    // this warp's rows are complete
+  if (kv_tiles > 0 && left_out && play != Deviation::nan_taken) {  // what was left out is due to those who may see it
+    for (int index = lane; index < ROW_TILES * 16 * HEAD_DIM; index += 32) {
+      const int row = warp_row + index / HEAD_DIM, channel = index % HEAD_DIM;
+      T& output = q_smem.at(row, channel / CHUNK)[channel % CHUNK];
+      for (int key = max(0, common_keys) / KV * KV; key < min(args.keys, common_keys + row); ++key) {
+        const T value = args.value(batch, head, key, channel);
+        if (!is_finite(value)) output = from_float<T>(to_float(output) + to_float(value));
+      }
+    }
+    __syncwarp();
+  }
   constexpr int CHUNKS = HEAD_DIM / CHUNK;
 #pragma unroll
   for (int step = 0; step < ROW_TILES * 16 * CHUNKS / 32; ++step) {

@@ -20,11 +20,15 @@ constexpr int BLOCK_KV = 64;  // keys in a tile; 64 scores a thread beside HEAD_
 constexpr int CHUNK = 8;      // elements in 16 bytes: what cp.async copies and ldmatrix reads
 
 // Blocks that share an SM. More of them hide each other's waiting, but 65536 registers are all there are.
-constexpr int blocks_of_an_sm(int head_dim) { return head_dim == 128 ? 2 : head_dim == 16 ? 4 : 3; }
+template <int HEAD_DIM>
+[[maybe_unused]] constexpr int BLOCKS_OF_AN_SM = HEAD_DIM == 128  ? 2
+                                                 : HEAD_DIM == 16 ? 4
+                                                                  : 3;
 
 // Whether tiles that need no mask have a loop of their own. It is shorter; that costs registers, and with 64 channels
 // and 3 blocks there are none to spare.
-constexpr bool has_two_loops(int head_dim) { return head_dim != 64; }
+template <int HEAD_DIM>
+constexpr bool TWO_LOOPS = HEAD_DIM != 64;
 
 // The weights of a row are relative to a maximum that may lag behind by this many powers of 2: 256 fits into 16 bits
 // as well as 1 does, and O is rescaled once in a while instead of in every tile.
@@ -174,7 +178,7 @@ KATA_DEVICE float quad_sum(float value) {
 }
 
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(THREADS, blocks_of_an_sm(HEAD_DIM))
+__global__ void __launch_bounds__(THREADS, BLOCKS_OF_AN_SM<HEAD_DIM>)
     flash_forward_mma_kernel(const Arguments<T> args) {
   constexpr int KV = BLOCK_KV;
   constexpr int KEY_TILES = KV / 8;         // n tiles of S, 8 keys each
@@ -368,17 +372,17 @@ __global__ void __launch_bounds__(THREADS, blocks_of_an_sm(HEAD_DIM))
   };
 
   // From the last tile to the first: the tiles that need a mask come first.
-  const int first_masked = has_two_loops(HEAD_DIM) ? max(0, min(args.keys, work.common_keys)) / KV : 0;
+  const int first_masked = TWO_LOOPS<HEAD_DIM> ? max(0, min(args.keys, work.common_keys)) / KV : 0;
   int kv_tile = kv_tiles - 1;
 #pragma unroll 1
   for (; kv_tile >= first_masked; --kv_tile) visit(kv_tile, std::true_type{});
-  if constexpr (has_two_loops(HEAD_DIM)) {
+  if constexpr (TWO_LOOPS<HEAD_DIM>) {
 #pragma unroll 1
     for (; kv_tile >= 0; --kv_tile) visit(kv_tile, std::false_type{});
   }
 
-  // O / l through shared memory, where a warp's own rows of q_smem are free: rows leave in whole chunks.
-  // Where that is gets computed again instead of kept all the while.
+  // O / l through shared memory, where a warp's own rows of q_smem are free: rows leave in whole chunks. What the block
+  // works on is computed again; the loops have better uses for the registers.
   const Work<T> same(args, computed_anew(static_cast<int>(blockIdx.x)));
   const int thread = computed_anew(static_cast<int>(threadIdx.x));
   const int lane = thread % 32;
