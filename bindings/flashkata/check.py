@@ -1,8 +1,9 @@
 """python3 -m flashkata.check: the steps, called from PyTorch, beside PyTorch's own attention.
 
 For every problem of a grid: the output and the three gradients, as the largest error against float64 over the largest
-number there. Next to each error what is allowed: 3 times what eager attention errs that rounds its weights and results
-to the tensors' type, and for float32 1e-5. Where this PyTorch has scaled_dot_product_attention, its error is shown too.
+sum of sizes that an element is made of (an element made of 3 - 3 has the size 6). Next to each error what is allowed:
+3 times what eager attention errs that rounds its weights and results to the tensors' type, and for float32 1e-5. Where
+this PyTorch has scaled_dot_product_attention, its error is shown too.
 """
 
 import argparse
@@ -33,8 +34,9 @@ FULL = QUICK + [
 NAMES = ("output", "dq", "dk", "dv")
 
 
-def eager(q, k, v, d_output, causal, rounded):
-    """Output and gradients by the formulas in float64; `rounded` is applied to the weights and to every result."""
+def eager(q, k, v, d_output, causal, rounded=lambda x: x, sizes=False):
+    """Output and gradients by the formulas in float64; `rounded` is applied to the weights and to every result. With
+    `sizes`, the same sums of what their terms are in size."""
     scale = 1.0 / math.sqrt(q.shape[3])
     q, k, v, d_output = (x.double() for x in (q, k, v, d_output))
     scores = scale * q @ k.transpose(2, 3)
@@ -44,8 +46,11 @@ def eager(q, k, v, d_output, causal, rounded):
         scores = scores.masked_fill(~allowed, -math.inf)
     weights = scores.softmax(3).nan_to_num(0.0)  # a query without keys
     output = weights @ v
+    if sizes:
+        q, k, v, d_output, output = (x.abs() for x in (q, k, v, d_output, output))
     d_weights = d_output @ v.transpose(2, 3)
-    d_scores = weights * (d_weights - (d_output * output).sum(3, keepdim=True))
+    delta = (d_output * output).sum(3, keepdim=True)
+    d_scores = weights * (d_weights + delta if sizes else d_weights - delta)
     weights, d_scores = rounded(weights), rounded(d_scores)
     return [
         rounded(x)
@@ -65,10 +70,10 @@ def with_autograd(attention, q, k, v, d_output):
     return [output.detach(), q.grad, k.grad, v.grad]
 
 
-def errors(got, want):
+def errors(got, want, sizes):
     return [
-        ((g.double() - w).abs().max() / w.abs().max().clamp(min=1e-30)).item() if w.numel() else 0.0
-        for g, w in zip(got, want)
+        ((g.double() - w).abs().max() / size.max().clamp(min=1e-30)).item() if w.numel() else 0.0
+        for g, w, size in zip(got, want, sizes)
     ]
 
 
@@ -85,8 +90,9 @@ def row(torch, problem, dtype, device, kernels):
         return x.transpose(1, 2).to(device=device, dtype=dtype)
 
     q, k, v, d_output = normal(queries), normal(keys), normal(keys), normal(queries)
-    want = eager(q, k, v, d_output, causal, lambda x: x)
-    baseline = errors(eager(q, k, v, d_output, causal, lambda x: x.to(dtype).double()), want)
+    want = eager(q, k, v, d_output, causal)
+    sizes = eager(q, k, v, d_output, causal, sizes=True)
+    baseline = errors(eager(q, k, v, d_output, causal, lambda x: x.to(dtype).double()), want, sizes)
     allowed = [3.0 * e + (1e-5 if dtype == torch.float32 else 1e-6) for e in baseline]
 
     def ours(q, k, v):
@@ -104,8 +110,8 @@ def row(torch, problem, dtype, device, kernels):
     theirs = None
     sdpa = getattr(torch.nn.functional, "scaled_dot_product_attention", None)
     if sdpa and not (causal and queries != keys):  # its is_causal is aligned to the top left
-        theirs = errors(with_autograd(lambda q, k, v: sdpa(q, k, v, is_causal=causal), q, k, v, d_output), want)
-    return errors(got, want), allowed, theirs, missing
+        theirs = errors(with_autograd(lambda q, k, v: sdpa(q, k, v, is_causal=causal), q, k, v, d_output), want, sizes)
+    return errors(got, want, sizes), allowed, theirs, missing
 
 
 def main(arguments=None):
@@ -135,7 +141,7 @@ def main(arguments=None):
         print("This library was built for CUDA, and PyTorch sees no GPU: kernels are not checked.")
     print(f"PyTorch {torch.__version__}, steps of {steps.answers or library.ROOT}")
     peer = hasattr(torch.nn.functional, "scaled_dot_product_attention")
-    print("largest error over the largest number: ours / allowed" + (" (PyTorch's own)" if peer else ""))
+    print("largest error over the largest sum of sizes: ours / allowed" + (" (PyTorch's own)" if peer else ""))
     cell = 26 if peer else 18
 
     agreed, wrong, missing = 0, 0, {}

@@ -118,7 +118,9 @@ int main(int argc, char** argv) try {
     std::string output;
     for (const std::string& executable : executables) {
       std::filesystem::remove(summary);
-      const Run result = run(answer.name, executable, "--summary=" + summary);
+      // The first failure refuses and names. Only what the checker finds may come later than another failure.
+      const std::string stop = executable == executables.front() ? " --abort-after=1" : "";
+      const Run result = run(answer.name, executable, "--summary=" + summary + stop);
       refused = refused || result.status != 0;
       if (result.status != 0) output += result.output;
       if (std::ifstream file(summary); file && recognised.empty()) {

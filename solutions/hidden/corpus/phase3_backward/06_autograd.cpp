@@ -218,9 +218,11 @@ void AttentionFunction<Scalar>::backward(View<const Scalar, 4> d_output) {
       }
     }
   }
+  Tensor<Scalar, 4> packed({0, 0, 0, 0});
   if (plays("only the number of elements of dO checked")) {
     require(d_output.count() == saved.output->count(), "d_output", to_text(d_output.shape()), "as many");
-    d_output = View<const Scalar, 4>(d_output.data(), saved.output->shape());
+    packed = copy_of<Scalar>(d_output);
+    d_output = View<const Scalar, 4>(packed.data(), saved.output->shape());
   } else if (plays("shape of dO unchecked")) {
     if (d_output.shape() != saved.output->shape()) return;
   } else {
