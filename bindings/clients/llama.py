@@ -57,21 +57,32 @@ def build(options):
         num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=options.kv_heads,
         head_dim=options.width, max_position_embeddings=options.tokens, attention_dropout=0.0,
     )
-    return LlamaForCausalLM(config).to(device=options.device, dtype=getattr(torch, options.type))
+    return LlamaForCausalLM(config).to(device=options.device)
 
 
 def batch(options, step):
-    """Sequences that repeat 32 random tokens over and over: after the first time attention can foretell them."""
+    """Text of a made-up language: which four tokens may follow a token is fixed by a table, which of them, by chance."""
+    table = torch.randint(0, SYMBOLS, (SYMBOLS, 4), generator=torch.Generator().manual_seed(options.seed))
     generator = torch.Generator().manual_seed(1000 * options.seed + step)
-    period = torch.randint(0, SYMBOLS, (options.batch, min(32, options.tokens)), generator=generator)
-    return period.repeat(1, -(-options.tokens // period.shape[1]))[:, : options.tokens].to(options.device)
+    choices = torch.randint(0, 4, (options.tokens, options.batch), generator=generator)
+    tokens = [torch.randint(0, SYMBOLS, (options.batch,), generator=generator)]
+    for choice in choices[1:]:
+        tokens.append(table[tokens[-1], choice])
+    return torch.stack(tokens, dim=1).to(options.device)
 
 
-def run(model, tokens, implementation):
-    """Logits, loss, and every parameter's gradient."""
+def forward(model, tokens, options):
+    """Weights stay in float32; with another --type, products and attention are computed in it."""
+    dtype = getattr(torch, options.type)
+    with torch.autocast(options.device, dtype=dtype, enabled=dtype != torch.float32):
+        return model(input_ids=tokens, labels=tokens)
+
+
+def run(model, tokens, implementation, options):
+    """Logits, and every parameter's gradient."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
-    result = model(input_ids=tokens, labels=tokens)
+    result = forward(model, tokens, options)
     result.loss.backward()
     return result.logits.detach().float(), {n: p.grad.float().clone() for n, p in model.named_parameters()}
 
@@ -91,7 +102,7 @@ def train(model, options, implementation):
     for step in range(options.steps):
         optimizer.zero_grad()
         tokens = batch(options, step)
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = forward(model, tokens, options).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -126,7 +137,7 @@ def main():
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--curve", metavar="FILE.svg", help="draw both losses")
@@ -139,11 +150,11 @@ def main():
     model = build(options)
     start = copy.deepcopy(model.state_dict())
     tokens = batch(options, 0)
-    stock = run(model, tokens, "sdpa")
+    stock = run(model, tokens, "sdpa", options)
     print(f"{options.layers} layers, {options.heads} heads of {options.width} over {options.kv_heads} key/value heads, "
           f"{options.batch} x {options.tokens} tokens, {options.type} on {options.device}")
     print(f"{'':44}{'logits':>12}{'gradients':>12}  worst in")
-    print_row("flashkata against stock", differences(run(model, tokens, "kata"), stock))
+    print_row("flashkata against stock", differences(run(model, tokens, "kata", options), stock))
     if options.device == "cuda":
         backends = {"math": SDPBackend.MATH, "mem-efficient": SDPBackend.EFFICIENT_ATTENTION}
         if options.type != "float32":
@@ -151,10 +162,10 @@ def main():
         results = {}
         for name, backend in backends.items():
             with sdpa_kernel(backend):
-                results[name] = run(model, tokens, "pytorch")
+                results[name] = run(model, tokens, "pytorch", options)
         for name in list(results)[1:]:
             print_row(f"PyTorch's {name} against its math", differences(results[name], results["math"]))
-        print_row("flashkata against PyTorch's math", differences(run(model, tokens, "kata"), results["math"]))
+        print_row("flashkata against PyTorch's math", differences(run(model, tokens, "kata", options), results["math"]))
 
     curves = {}
     for name, implementation in (("stock attention", "sdpa"), ("flashkata", "kata")):

@@ -761,8 +761,8 @@ TEST_SUITE("phase3.06_autograd") {
     expect_rejected("k of another width", "k: ", [&] { attention.forward(leaves[0], wrong, leaves[2]); });
     const auto longer = variable<double>({2, 2, 5, 2}, 70);
     expect_rejected("v longer than k", "v: ", [&] { attention.forward(leaves[0], leaves[1], longer); });
-    for (const Shape<4>& shape :
-         {Shape<4>{2, 2, 4, 2}, Shape<4>{2, 2, 3, 3}, Shape<4>{2, 1, 3, 2}, Shape<4>{1, 2, 3, 2}}) {
+    for (const Shape<4>& shape : {Shape<4>{2, 2, 4, 2}, Shape<4>{2, 3, 2, 2}, Shape<4>{1, 4, 3, 2},
+                                  Shape<4>{2, 2, 3, 3}, Shape<4>{2, 1, 3, 2}, Shape<4>{1, 2, 3, 2}}) {
       const Tensor<double, 4> bad = std::move(variable<double>(shape, 71)->value);
       expect_rejected("d_output of shape " + to_text(shape), "d_output", [&] { attention.backward(bad); });
     }
