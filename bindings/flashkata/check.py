@@ -144,7 +144,7 @@ def main(arguments=None):
     print("largest error over the largest sum of sizes: ours / allowed" + (" (PyTorch's own)" if peer else ""))
     cell = 26 if peer else 18
 
-    agreed, wrong, missing = 0, 0, {}
+    agreed, partly, wrong, missing = 0, 0, 0, {}
     for device, kernels, dtype in where:
         place = "virtual GPU" if kernels else "GPU" if device == "cuda" else "CPU"
         print(f"\n{place}, {str(dtype).split('.')[1]}")
@@ -172,7 +172,12 @@ def main(arguments=None):
             print(f"  {text:32}" + "".join(cells) + verdict, flush=True)
             wrong += bool(off)
             agreed += not off and not stub
-    print(f"\n{agreed} agree, {wrong} do not" + (f"; not implemented yet: {', '.join(sorted(missing))}" if missing else ""))
+            partly += not off and bool(stub)
+    summary = [f"{agreed} agree", f"{wrong} do not"]
+    if partly:
+        summary.insert(1, f"{partly} as far as there are steps")
+    steps_missing = f"; not implemented yet: {', '.join(sorted(missing))}" if missing else ""
+    print(f"\n{', '.join(summary)}{steps_missing}")
     for step, file in sorted(missing.items()):
         print(f"  {step}  {file}")
     return 1 if wrong else 3 if missing else 0
