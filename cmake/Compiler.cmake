@@ -15,6 +15,10 @@ if(KATA_GPU STREQUAL "cuda")
     "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;-Xcompiler=-fmacro-prefix-map=${CMAKE_SOURCE_DIR}/=;-Xcompiler=-fmacro-prefix-map=${KATA_ANSWERS}/=>")
 endif()
 target_include_directories(kata_compiler INTERFACE ${CMAKE_SOURCE_DIR})
+# What an answer is compiled with besides: a stub uses none of its parameters yet.
+add_library(kata_answer INTERFACE)
+target_compile_options(kata_answer INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-unused-parameter>
+                                             $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wno-unused-parameter>)
 if(KATA_SANITIZE)
   target_compile_options(kata_compiler INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=all
                                                  -fno-omit-frame-pointer -g1)

@@ -99,9 +99,7 @@ endfunction()
 # What every compilation of a step's answer has: the step's folder, the headers of the steps it may call.
 function(kata_configure_answer target folder needs)
   target_include_directories(${target} PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/${folder})
-  target_link_libraries(${target} PUBLIC flashkata_attention)
-  # A stub uses none of its parameters yet.
-  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wno-unused-parameter>)
+  target_link_libraries(${target} PUBLIC flashkata_attention PRIVATE kata_answer)
   foreach(need IN LISTS needs)
     target_include_directories(${target} PUBLIC $<TARGET_PROPERTY:${need},INTERFACE_INCLUDE_DIRECTORIES>)
   endforeach()
