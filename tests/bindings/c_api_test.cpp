@@ -1,4 +1,5 @@
-// The C library over this build's answers. The steps have suites of their own; here it is about who is called with what.
+// The C library over this build's answers. The steps have suites of their own; here it is about who is called with
+// what.
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -18,11 +19,20 @@ constexpr int TYPE = std::is_same_v<T, float>  ? FLASHKATA_FLOAT32
                      : std::is_same_v<T, fp16> ? FLASHKATA_FLOAT16
                                                : FLASHKATA_BFLOAT16;
 template <typename T>
-constexpr double ERROR = std::is_same_v<T, float> ? 2e-5 : std::is_same_v<T, fp16> ? 5e-3 : 3e-2;
+constexpr double ERROR = std::is_same_v<T, float>  ? 2e-5
+                         : std::is_same_v<T, fp16> ? 5e-3
+                                                   : 3e-2;
 
-constexpr AttentionCase PROBLEM = {
-    .why = "", .batch = 2, .heads = 3, .queries = 37, .keys = 45, .width = 64, .value_width = 64, .scale = 0.2f,
-    .causal = true, .number = 900};
+constexpr AttentionCase PROBLEM = {.why = "",
+                                   .batch = 2,
+                                   .heads = 3,
+                                   .queries = 37,
+                                   .keys = 45,
+                                   .width = 64,
+                                   .value_width = 64,
+                                   .scale = 0.2f,
+                                   .causal = true,
+                                   .number = 900};
 
 template <typename T>
 flashkata_tensor described(const View<T, 4>& view) {
@@ -156,7 +166,5 @@ TEST_SUITE("tests.bindings") {
     for (Index i = 0; i < output.count(); ++i) CHECK(output.data()[i] == 7.0f);
   }
 
-  TEST_CASE("says whose answers it holds") {
-    CHECK(std::string(flashkata_answers()) == KATA_ANSWERS);
-  }
+  TEST_CASE("says whose answers it holds") { CHECK(std::string(flashkata_answers()) == KATA_ANSWERS); }
 }
