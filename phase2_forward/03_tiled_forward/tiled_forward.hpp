@@ -40,18 +40,21 @@ struct TiledResult {
 TiledResult tiled_forward(View<const float, 4> q, View<const float, 4> k, View<const float, 4> v,
                           const TiledOptions& options = {});
 
-/// The checks that tiled_forward() promises.
-inline void check_tiled(const View<const float, 4>& q, const View<const float, 4>& k, const View<const float, 4>& v,
-                        const TiledOptions& options) {
-  const auto want = [](std::string_view argument, const View<const float, 4>& x, const Shape<4>& shape) {
-    require(x.shape() == shape, argument, to_text(x.shape()), to_text(shape));
-    require(x.stride(3) == 1 || x.size(3) <= 1, argument, "a last axis of stride " + std::to_string(x.stride(3)),
-            "a contiguous last axis");
-  };
+/// One tensor's part of the checks below.
+inline void check_tiled_tensor(std::string_view argument, const View<const float, 4>& x, const Shape<4>& shape) {
+  require(x.shape() == shape, argument, to_text(x.shape()), to_text(shape));
+  require(x.stride(3) == 1 || x.size(3) <= 1, argument, "a last axis of stride " + std::to_string(x.stride(3)),
+          "a contiguous last axis");
+}
+
+/// The checks that tiled_forward() promises. The way back has options of its own, of which it promises the same.
+template <typename Options>
+void check_tiled(const View<const float, 4>& q, const View<const float, 4>& k, const View<const float, 4>& v,
+                 const Options& options) {
   require(q.size(3) > 0, "q", to_text(q.shape()), "[B, H, Sq, D] with D at least 1");
-  want("q", q, q.shape());
-  want("k", k, {q.size(0), q.size(1), k.size(2), q.size(3)});
-  want("v", v, {q.size(0), q.size(1), k.size(2), v.size(3)});
+  check_tiled_tensor("q", q, q.shape());
+  check_tiled_tensor("k", k, {q.size(0), q.size(1), k.size(2), q.size(3)});
+  check_tiled_tensor("v", v, {q.size(0), q.size(1), k.size(2), v.size(3)});
   if (options.scale) require(std::isfinite(*options.scale), "scale", *options.scale, "a finite number");
   require(options.block_rows > 0, "block_rows", options.block_rows, "at least 1");
   require(options.block_cols > 0, "block_cols", options.block_cols, "at least 1");

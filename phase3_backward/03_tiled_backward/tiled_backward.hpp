@@ -6,6 +6,7 @@
 #include "common/attention/not_implemented.hpp"
 #include "common/attention/parallel.hpp"
 #include "common/attention/tensor.hpp"
+#include "phase2_forward/03_tiled_forward/tiled_forward.hpp"
 #include "phase3_backward/02_row_delta/row_delta.hpp"
 
 namespace flashkata {
@@ -63,23 +64,11 @@ inline void check_tiled_backward(const View<const float, 4>& q, const View<const
                                  const View<const float, 4>& v, const View<const float, 4>& output,
                                  const View<const float, 3>& lse, const View<const float, 4>& d_output,
                                  const TiledBackwardOptions& options) {
-  const auto want = [](std::string_view argument, const View<const float, 4>& x, const Shape<4>& shape) {
-    require(x.shape() == shape, argument, to_text(x.shape()), to_text(shape));
-    require(x.stride(3) == 1 || x.size(3) <= 1, argument, "a last axis of stride " + std::to_string(x.stride(3)),
-            "a contiguous last axis");
-  };
-  require(q.size(3) > 0, "q", to_text(q.shape()), "[B, H, Sq, D] with D at least 1");
-  want("q", q, q.shape());
-  want("k", k, {q.size(0), q.size(1), k.size(2), q.size(3)});
-  want("v", v, {q.size(0), q.size(1), k.size(2), v.size(3)});
-  want("output", output, {q.size(0), q.size(1), q.size(2), v.size(3)});
-  want("d_output", d_output, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  check_tiled(q, k, v, options);
+  check_tiled_tensor("output", output, {q.size(0), q.size(1), q.size(2), v.size(3)});
+  check_tiled_tensor("d_output", d_output, {q.size(0), q.size(1), q.size(2), v.size(3)});
   const Shape<3> rows{q.size(0), q.size(1), q.size(2)};
   require(lse.shape() == rows, "lse", to_text(lse.shape()), to_text(rows) + ", [B, H, Sq]");
-  if (options.scale) require(std::isfinite(*options.scale), "scale", *options.scale, "a finite number");
-  require(options.block_rows > 0, "block_rows", options.block_rows, "at least 1");
-  require(options.block_cols > 0, "block_cols", options.block_cols, "at least 1");
-  require(options.threads >= 0, "threads", options.threads, "0, for all cores, or more");
 }
 
 }  // namespace flashkata
