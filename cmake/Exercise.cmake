@@ -2,13 +2,14 @@
 #
 #   add_exercise(02_attention
 #                IDEA "scores, scale, mask, softmax, weights times value"   # the one new idea, in a line
-#                KIND cpu                                                   # cpu or cuda
+#                KIND cpu                                                   # cpu, or cuda where there are kernels
 #                FILES attention.cpp                                        # what the student fills
 #                NEEDS phase1.01_softmax                                    # earlier steps that it may call
 #                PROVIDED library.cpp)                                      # given to the student, in the step's folder
 #
 # Called from phaseN_name/CMakeLists.txt. Everything else follows from the names:
-#   phase1.02_attention         the student's file, compiled (an object library)
+#   phase1.02_attention         the student's file, compiled (an object library); of a cuda step the .cu files
+#   phase1.02_attention_host    of a cuda step the .cpp files, if it has any
 #   phase1.02_attention_suite   02_attention/attention_test.cpp, compiled
 #   phase1.02_attention_test    the two, linked; every TEST_CASE becomes a ctest test, labelled phase1
 #   ..._check                   of a cuda step on the virtual GPU: the same with every memory access of the kernels watched
@@ -52,13 +53,24 @@ function(add_exercise folder)
     endif()
   endforeach()
 
+  set(host "")
   if(STEP_KIND STREQUAL "cuda")
-    kata_add_kernel_library(${label} MODE fast SOURCES ${answers})
+    set(kernels ${answers})
+    list(FILTER kernels INCLUDE REGEX "\\.cu$")
+    list(FILTER answers EXCLUDE REGEX "\\.cu$")
+    kata_add_kernel_library(${label} MODE fast SOURCES ${kernels})
+    if(answers)
+      set(host ${label}_host)
+      add_library(${host} OBJECT ${answers})
+      target_link_libraries(${host} PUBLIC flashkata_gpu)
+      kata_configure_answer(${host} ${folder} "${STEP_NEEDS}")
+    endif()
   else()
     add_library(${label} OBJECT ${answers})
     target_precompile_headers(${label} REUSE_FROM kata_answer_headers)
   endif()
   kata_configure_answer(${label} ${folder} "${STEP_NEEDS}")
+  kata_objects(needs ${STEP_NEEDS})
 
   list(GET STEP_FILES 0 file)
   configure_file(${CMAKE_SOURCE_DIR}/cmake/step.cpp.in ${folder}/step.cpp @ONLY)
@@ -70,13 +82,13 @@ function(add_exercise folder)
   if(STEP_KIND STREQUAL "cuda")
     target_link_libraries(${label}_suite PUBLIC flashkata_kernel_testing)
   endif()
-  kata_add_suite(${label}_test ${folder} phase${phase} ${label} ${STEP_NEEDS} ${label}_suite)
+  kata_add_suite(${label}_test ${folder} phase${phase} ${label} ${host} ${needs} ${label}_suite)
 
   set(check "")
   if(STEP_KIND STREQUAL "cuda" AND KATA_GPU STREQUAL "virtual")
-    kata_add_kernel_library(${label}_checked MODE checked SOURCES ${answers})
+    kata_add_kernel_library(${label}_checked MODE checked SOURCES ${kernels})
     kata_configure_answer(${label}_checked ${folder} "${STEP_NEEDS}")
-    kata_add_suite(${label}_check ${folder} phase${phase} ${label}_checked ${STEP_NEEDS} ${label}_suite)
+    kata_add_suite(${label}_check ${folder} phase${phase} ${label}_checked ${host} ${needs} ${label}_suite)
     add_dependencies(${label}_test ${label}_check)  # whoever builds the one wants both
     set(check "${CMAKE_CURRENT_BINARY_DIR}/${folder}/${label}_check")
   endif()
@@ -103,6 +115,17 @@ function(kata_configure_answer target folder needs)
   foreach(need IN LISTS needs)
     target_include_directories(${target} PUBLIC $<TARGET_PROPERTY:${need},INTERFACE_INCLUDE_DIRECTORIES>)
   endforeach()
+endfunction()
+
+# The object libraries of these steps, for linking.
+function(kata_objects result)
+  set(objects ${ARGN})
+  foreach(label IN LISTS ARGN)
+    if(TARGET ${label}_host)
+      list(APPEND objects ${label}_host)
+    endif()
+  endforeach()
+  set(${result} ${objects} PARENT_SCOPE)
 endfunction()
 
 # An executable of a step's suite, and a ctest test for each of its test cases.

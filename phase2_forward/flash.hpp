@@ -47,14 +47,22 @@ void check_layout(const View<T, 4>& view, const char* name) {
 
 }  // namespace flash_detail
 
+/// How many heads K and V have: as many as the queries, or a number that divides it (phase 4).
+enum class KeyHeads { as_queries, shared };
+
 /// Throws std::invalid_argument naming the argument, its value and what is allowed. Stubs call it in their first line.
 template <typename T>
-void check_flash_forward(const FlashForward<T>& problem) {
+void check_flash_forward(const FlashForward<T>& problem, KeyHeads key_heads = KeyHeads::as_queries) {
   const Shape<4>& q = problem.query.shape();
   const Index width = q[3];
   require(width == 16 || width == 32 || width == 64 || width == 128, "query", to_text(q),
           "[B, H, Sq, D] with D one of 16, 32, 64, 128");
-  const Shape<4> key_shape{q[0], q[1], problem.key.size(2), width};
+  const Index shared_heads = problem.key.size(1);
+  if (key_heads == KeyHeads::shared) {
+    require(shared_heads > 0 && q[1] % shared_heads == 0, "key", to_text(problem.key.shape()),
+            "[B, Hk, Sk, D] with an Hk that divides H = " + std::to_string(q[1]));
+  }
+  const Shape<4> key_shape{q[0], key_heads == KeyHeads::shared ? shared_heads : q[1], problem.key.size(2), width};
   require(problem.key.shape() == key_shape, "key", to_text(problem.key.shape()), to_text(key_shape) + ", as query");
   require(problem.value.shape() == key_shape, "value", to_text(problem.value.shape()), to_text(key_shape) + ", as key");
   require(problem.output.shape() == q, "output", to_text(problem.output.shape()), to_text(q) + ", as query");

@@ -33,18 +33,20 @@ struct FlashBackward {
 
 /// Throws std::invalid_argument naming the argument, its value and what is allowed. Stubs call it in their first line.
 template <typename T>
-void check_flash_backward(const FlashBackward<T>& problem) {
+void check_flash_backward(const FlashBackward<T>& problem, KeyHeads key_heads = KeyHeads::as_queries) {
   const Shape<4>& q = problem.query.shape();
   // The forward pass's arguments under the same rules. Nothing is written, so const does not matter here.
-  check_flash_forward(FlashForward<T>{
-      .query = problem.query,
-      .key = problem.key,
-      .value = problem.value,
-      .output = View<T, 4>(const_cast<T*>(problem.output.data()), problem.output.shape(), problem.output.strides()),
-      .lse = View<float, 3>(const_cast<float*>(problem.lse.data()), problem.lse.shape(), problem.lse.strides()),
-      .causal = problem.causal,
-      .scale = problem.scale,
-  });
+  check_flash_forward(
+      FlashForward<T>{
+          .query = problem.query,
+          .key = problem.key,
+          .value = problem.value,
+          .output = View<T, 4>(const_cast<T*>(problem.output.data()), problem.output.shape(), problem.output.strides()),
+          .lse = View<float, 3>(const_cast<float*>(problem.lse.data()), problem.lse.shape(), problem.lse.strides()),
+          .causal = problem.causal,
+          .scale = problem.scale,
+      },
+      key_heads);
   const auto check_like = [](const auto& view, const char* name, const Shape<4>& shape, const char* as) {
     require(view.shape() == shape, name, to_text(view.shape()), to_text(shape) + ", as " + as);
     flash_detail::check_layout(view, name);
