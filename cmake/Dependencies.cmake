@@ -12,6 +12,8 @@ endmacro()
 set(EIGEN_BUILD_DOC OFF)
 set(EIGEN_BUILD_TESTING OFF)
 set(DOCTEST_WITH_TESTS OFF)
+set(BENCHMARK_ENABLE_TESTING OFF)
+set(BENCHMARK_ENABLE_INSTALL OFF)
 
 # Matrices for the CPU steps.
 kata_package(Eigen3 https://gitlab.com/libeigen/eigen/-/archive/3.4.0/eigen-3.4.0.tar.gz

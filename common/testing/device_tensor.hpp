@@ -24,8 +24,8 @@ bool same_bits(T one, T other) {
   }
 }
 
-/// T is float, fp16 or bf16.
-template <typename T>
+/// T is float, fp16 or bf16. Whoever wants the same on the host gives another buffer.
+template <typename T, typename Buffer = DeviceBuffer<T>>
 class DeviceTensor {
  public:
   /// An input: its own memory and not a byte more. `values` are rounded to T.
@@ -132,7 +132,7 @@ class DeviceTensor {
   Shape<4> strides_;
   Index first_;
   std::vector<T> before_;  // what the buffer held before the call
-  DeviceBuffer<T> buffer_;
+  Buffer buffer_;
 };
 
 }  // namespace flashkata::testing

@@ -232,7 +232,8 @@ class KataReporter : public doctest::IReporter {
     std::size_t waiting = 0;
     for (const Verdict& verdict : verdicts_) waiting += verdict.status == "failed";
     std::cout << red(bold(std::string(step.label) + " · not implemented yet")) << '\n';
-    if (missing_ == step.file) {
+    const std::string file = step.file;
+    if (missing_.starts_with(file.substr(0, file.rfind('/') + 1))) {  // a step may have several files
       print_line("open", missing_);
     } else {
       print_line("needs", missing_ + ", an earlier step of yours, which is not implemented yet either");

@@ -104,7 +104,7 @@ check "a step without its command is understood" says "did you mean ./kata test 
 run ./kata test 1.02 --case none
 check "a bad option value is refused" exits 2
 check "and the help is named" says "./kata test --help"
-for command in test next watch hint solution reset list doctor verify handout grade; do
+for command in test bench next watch hint solution reset list doctor verify handout grade; do
   run "./kata" "$command" --help
   check "$command --help has an example" says "Example: ./kata $command"
 done
@@ -325,6 +325,21 @@ check "dnf's command is named" says "sudo dnf install gcc-c++ cmake ninja-build 
 mv "$scratch/bin/dnf" "$scratch/bin/brew"
 run env PATH="$scratch/bin" "$scratch/bare/kata"
 check "brew's command is named" says "brew install gcc cmake ninja git doctest"
+
+section "bench"
+run ./kata bench 1.02
+check "there is nothing to measure in a step on one head" exits 2
+check "which steps there are is said" says "2.03, 2.04"
+run ./kata bench 2.05
+check "kernels are not measured on the virtual GPU" exits 2
+check "what to do instead is said" says "./kata profile 2.05"
+run ./kata bench 2.03 --grid huge
+check "a grid that does not exist is refused" exits 2
+echo "mine" > results.csv
+run ./kata bench 2.03 --csv results.csv
+check "a file of something else is refused" exits 2
+check "somebody else's file is not touched" [ "$(cat results.csv)" = mine ]
+rm results.csv
 
 section "doctor"
 run ./kata doctor

@@ -76,6 +76,8 @@ constexpr Header HEADERS[] = {
      "CMake fetches it (needs a network once): nlohmann-json3-dev"},
     {"Boost.Context", "__has_include(<boost/context/fiber.hpp>)",
      "kernels on the virtual GPU: apt-get install libboost-context-dev"},
+    {"Google Benchmark", "__has_include(<benchmark/benchmark.h>)",
+     "./kata bench: CMake fetches it (needs a network once): libbenchmark-dev"},
 };
 
 // One run of the preprocessor answers for all of them, wherever this compiler looks.

@@ -40,6 +40,15 @@ int doctor(const Course& course);
 int verify(const Course& course);
 int handout(const Course& course, const std::filesystem::path& folder);
 
+struct BenchOptions {
+  std::string which;           // a step, a phase or "all"; empty: all
+  std::string grid = "quick";  // or "full"
+  std::filesystem::path
+      csv;              // grows by what is measured; what it has already is not measured again. Empty: .kata/bench
+  std::string against;  // "torch": PyTorch's kernels beside ours. Empty: ours alone
+};
+int bench(const Course& course, const BenchOptions& options);
+
 struct GradeOptions {
   std::vector<std::filesystem::path> submissions;
   std::string only = "all";   // a step or a phase

@@ -30,6 +30,8 @@ struct Typed {
   HintOptions hint;
   KernelOptions kernel;
   std::string where = "virtual";
+  BenchOptions bench;
+  std::string csv;
   GradeOptions grade;
   std::string step;
   std::string folder;
@@ -102,6 +104,18 @@ class CommandLine {
                                     });
     kernel_options(profile_command);
     profile_command->add_flag("--json", typed_.kernel.json, "For programs");
+
+    auto* bench_command = command("bench", "How fast your steps are, beside the roofline and beside PyTorch",
+                                  "./kata bench 2.05 --grid quick --against torch", [this](const Course& course) {
+                                    typed_.bench.csv = typed_.csv;
+                                    return bench(course, typed_.bench);
+                                  });
+    bench_command->add_option("step", typed_.bench.which, std::string(STEP_HELP) + "; phase2; all");
+    bench_command->add_option("--grid", typed_.bench.grid, "quick (a minute or two) or full")
+        ->check(CLI::IsMember({"quick", "full"}));
+    bench_command->add_option("--csv", typed_.csv, "A file that the results are added to; goes on where it ends");
+    bench_command->add_option("--against", typed_.bench.against, "torch: PyTorch's kernels, alternated with yours")
+        ->check(CLI::IsMember({"torch"}));
 
     command("next", "The next step: its question, the file to open", "./kata next",
             [](const Course& course) { return show_next(course); });

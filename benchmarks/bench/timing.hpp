@@ -1,0 +1,30 @@
+// Times of one call: Google Benchmark on the CPU, events on a GPU.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <vector>
+
+#include "benchmarks/bench/problem.hpp"
+
+namespace flashkata::bench {
+
+/// Of milliseconds, one for each call.
+inline Time summary(std::vector<double> each) {
+  std::sort(each.begin(), each.end());
+  const auto at = [&](double part) {
+    return each[static_cast<std::size_t>(part * static_cast<double>(each.size() - 1))];
+  };
+  return {.median = at(0.5), .low = at(0.25), .high = at(0.75), .calls = static_cast<int>(each.size())};
+}
+
+/// Calls until the median is worth something: at least 7 times and for about half a second, at most 60 times.
+Time time_on_cpu(const std::function<void()>& call);
+Time time_on_gpu(const std::function<void()>& call);
+
+/// What a processor can do, by one thread or by all (0).
+Ceilings cpu_ceilings(int threads);
+/// ... and a GPU: what the instructions that the course's kernels are made of reach, without any waiting for memory.
+Ceilings gpu_ceilings();
+
+}  // namespace flashkata::bench
