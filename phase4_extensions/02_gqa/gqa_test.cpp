@@ -824,11 +824,11 @@ TEST_SUITE("phase4.02_gqa") {
     }
   }
 
-  TEST_CASE("agrees with the float64 reference at 512 with 32 query heads and 8 key heads") {
+  TEST_CASE("agrees with the float64 reference at 512 keys with 32 query heads and 8 key heads") {
     if (needs_a_gpu(something_short)) return;
     for (const bool causal : {false, true}) {
-      if (!expect_long(2, {32, 8}, 512, 512, 64, causal)) return;
-      if (!expect_long(1, {32, 1}, 100, 700, 128, causal)) return;
+      if (!expect_long(1, {32, 8}, 200, 512, 32, causal)) return;
+      if (!expect_long(1, {32, 1}, 60, 700, 64, causal)) return;
     }
   }
 
