@@ -134,8 +134,17 @@ function(kata_add_suite target folder phase)
   set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${folder})
   target_link_libraries(${target} PRIVATE ${ARGN})
   string(REGEX REPLACE "_test$" "" prefix ${target})
-  doctest_discover_tests(${target} TEST_PREFIX "${prefix}/"
+  doctest_discover_tests(${target} TEST_PREFIX "${prefix}/" TEST_LIST ${target}_cases
                          PROPERTIES LABELS ${phase} TIMEOUT 60 SKIP_REGULAR_EXPRESSION "\\[skipped\\]")
+  # Those whose names begin with "stress:" can be chosen, or left out, by a label.
+  set(script ${CMAKE_CURRENT_BINARY_DIR}/${folder}/${target}_labels.cmake)
+  file(WRITE ${script} "foreach(case IN LISTS ${target}_cases)
+  if(case MATCHES \"/stress:\")
+    set_tests_properties(\"\${case}\" PROPERTIES LABELS \"${phase};stress\")
+  endif()
+endforeach()
+")
+  set_property(DIRECTORY APPEND PROPERTY TEST_INCLUDE_FILES ${script})
 endfunction()
 
 function(write_course)

@@ -4,7 +4,8 @@
 
 Builds a small model from a configuration (random weights, nothing is loaded), runs it with Transformers' own attention
 and with flashkata.attention, and prints how far logits and all parameter gradients are apart; then trains both for some
-steps from the same weights on the same data. Needs PyTorch 2 and Transformers 5.
+steps from the same weights on the same data; then has the trained model go on with a few beginnings, token by token, with
+Transformers' cache and with flashkata.PagedCache. Needs PyTorch 2 and Transformers 5.
 """
 
 import argparse
@@ -18,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import flashkata
 
 SYMBOLS = 64
 
 
-def for_all_heads(attention):
+def for_transformers(attention):
     """What Transformers calls in every layer: query [B, H, S, D], key and value [B, Hk, S, D], Hk a divisor of H."""
 
     def call(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
@@ -33,21 +34,26 @@ def for_all_heads(attention):
             raise ValueError("attention_mask: got a mask, allowed is None: this client knows only the causal one")
         if dropout:
             raise ValueError(f"dropout: got {dropout}, allowed is 0")
-        group = query.shape[1] // key.shape[1]
-        if group > 1:  # each key/value head serves a group of query heads
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        output = attention(query, key, value, scaling)
-        return output.transpose(1, 2), None
+        return attention(module, query, key, value, scaling).transpose(1, 2), None
 
     return call
 
 
 # Transformers takes every name with "flash" in it for a package of its own.
-AttentionInterface.register("kata", for_all_heads(lambda q, k, v, s: flashkata.attention(q, k, v, causal=True, scale=s)))
-AttentionInterface.register(
-    "pytorch",  # as "sdpa", but for backends that want as many key/value heads as query heads
-    for_all_heads(lambda q, k, v, s: scaled_dot_product_attention(q, k, v, is_causal=True, scale=s)),
-)
+AttentionInterface.register("kata", for_transformers(
+    lambda _, q, k, v, s: flashkata.attention(q, k, v, causal=True, scale=s, enable_gqa=True)))
+
+
+def pytorch(_, q, k, v, scaling):
+    """As "sdpa", but for backends that want as many key/value heads as query heads."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+
+
+AttentionInterface.register("pytorch", for_transformers(pytorch))
+paged_cache = None  # of the generation that is under way
+AttentionInterface.register("paged", for_transformers(
+    lambda module, q, k, v, s: paged_cache.attend(module.layer_idx, q, k, v, scale=s)))
 
 
 def build(options):
@@ -55,7 +61,7 @@ def build(options):
     config = LlamaConfig(
         vocab_size=SYMBOLS, hidden_size=options.heads * options.width, intermediate_size=3 * options.heads * options.width,
         num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=options.kv_heads,
-        head_dim=options.width, max_position_embeddings=options.tokens, attention_dropout=0.0,
+        head_dim=options.width, max_position_embeddings=2 * options.tokens, attention_dropout=0.0,
     )
     return LlamaForCausalLM(config).to(device=options.device)
 
@@ -109,6 +115,35 @@ def train(model, options, implementation):
     return losses
 
 
+@torch.no_grad()
+def generate(model, prompt, options, paged):
+    """The likeliest token each time, options.generate of them: [batch, prompt and new tokens]."""
+    global paged_cache
+    model.set_attn_implementation("paged" if paged else "sdpa")
+    dtype = getattr(torch, options.type)
+    longest = prompt.shape[1] + options.generate
+    if paged:
+        pages = len(prompt) * -(-longest // 16)  # not one too many
+        paged_cache = flashkata.PagedCache(options.layers, options.kv_heads, options.width, pages,
+                                           device=options.device, dtype=dtype)
+        paged_cache.begin(len(prompt))
+    else:
+        past = DynamicCache(config=model.config)
+    tokens, new = prompt, prompt
+    for _ in range(options.generate):
+        positions = torch.arange(tokens.shape[1] - new.shape[1], tokens.shape[1], device=tokens.device)[None]
+        if paged:
+            paged_cache.extend(new.shape[1])
+        with torch.autocast(options.device, dtype=dtype, enabled=dtype != torch.float32):
+            cache = {"use_cache": False} if paged else {"use_cache": True, "past_key_values": past}
+            logits = model(input_ids=new, position_ids=positions, **cache).logits
+        new = logits[:, -1:].float().argmax(-1)
+        tokens = torch.cat([tokens, new], dim=1)
+    if paged:
+        paged_cache.end()
+    return tokens
+
+
 def draw(curves, path, title):
     import matplotlib
 
@@ -139,6 +174,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--generate", type=int, default=64, help="tokens that the trained model goes on for")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--curve", metavar="FILE.svg", help="draw both losses")
     options = parser.parse_args()
@@ -176,9 +212,16 @@ def main():
         print(f"{step + 1:6}" + "".join(f"{losses[step]:18.4f}" for losses in curves.values()))
     apart = max(abs(a - b) for a, b in zip(*curves.values()))
     print(f"largest difference of the losses: {apart:.2e}")
+    same = True
+    if options.generate > 0:
+        prompt = batch(options, options.steps)[:, :21]
+        stock, ours = (generate(model, prompt, options, paged) for paged in (False, True))
+        same = bool((stock == ours).all())
+        print(f"generated {len(prompt)} x {options.generate} tokens with the paged cache: "
+              + ("the same as stock" if same else f"{int((stock != ours).sum())} differ from stock"))
     if options.curve:
         draw(curves, options.curve, f"A Llama-architecture model trained twice, {options.type}")
-    return 0 if math.isfinite(apart) else 1
+    return 0 if math.isfinite(apart) and same else 1
 
 
 def print_row(name, result):

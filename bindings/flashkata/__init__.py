@@ -9,13 +9,19 @@ The steps of the course do the work: a student's own by default, those of anothe
 
 from flashkata.library import FlashKataError, NotImplementedStep, use
 
-__all__ = ["attention", "attention_forward", "use", "FlashKataError", "NotImplementedStep"]
+_OPERATORS = ("attention", "attention_forward", "varlen_attention", "grouped_attention")
+_DECODING = ("decode", "PagedCache")
+__all__ = [*_OPERATORS, *_DECODING, "use", "FlashKataError", "NotImplementedStep"]
 
 
 def __getattr__(name):
     # PyTorch is imported by whoever needs it, so that a machine without it gets a sentence and not a traceback.
-    if name in ("attention", "attention_forward"):
+    if name in _OPERATORS:
         from flashkata import operators
 
         return getattr(operators, name)
+    if name in _DECODING:
+        from flashkata import decoding
+
+        return getattr(decoding, name)
     raise AttributeError(f"module 'flashkata' has no attribute {name!r}")

@@ -50,6 +50,41 @@ class Attention(ctypes.Structure):
         ("d_value", Tensor),
         ("delta", ctypes.c_void_p),
         ("d_query_sum", ctypes.c_void_p),
+        ("cu_seqlens_q", ctypes.c_void_p),
+        ("cu_seqlens_k", ctypes.c_void_p),
+        ("sequences", ctypes.c_int64),
+        ("max_seqlen_q", ctypes.c_int64),
+        ("max_seqlen_k", ctypes.c_int64),
+        ("dropout_p", ctypes.c_float),
+        ("dropout_seed", ctypes.c_uint64),
+        ("dropout_offset", ctypes.c_uint64),
+        ("window", ctypes.POINTER(ctypes.c_int64)),
+        ("softcap", ctypes.c_float),
+        ("groups", ctypes.POINTER(ctypes.c_int64)),
+        ("group_count", ctypes.c_int64),
+    ]
+
+
+class Decoding(ctypes.Structure):
+    """flashkata_decoding of flashkata.h, field by field."""
+
+    _fields_ = [
+        ("type", ctypes.c_int32),
+        ("gpu", ctypes.c_int32),
+        ("causal", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("stream", ctypes.c_void_p),
+        ("query", Tensor),
+        ("key", Tensor),
+        ("value", Tensor),
+        ("lengths", ctypes.c_void_p),
+        ("block_table", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("output", Tensor),
+        ("lse", ctypes.c_void_p),
+        ("splits", ctypes.c_int64),
+        ("partial_output", ctypes.c_void_p),
+        ("partial_lse", ctypes.c_void_p),
     ]
 
 
@@ -77,6 +112,24 @@ class Library:
 
     def backward(self, problem):
         self._check(self._library.flashkata_backward(ctypes.byref(problem)))
+
+    def decode(self, problem):
+        self._check(self._library.flashkata_decode(ctypes.byref(problem)))
+
+    def choose_splits(self, batch, kv_heads, longest, multiprocessors):
+        """Into how many parts step 4.06 would cut the keys."""
+        splits = ctypes.c_int64()
+        self._check(self._library.flashkata_choose_splits(
+            ctypes.c_int64(batch), ctypes.c_int64(kv_heads), ctypes.c_int64(longest), ctypes.c_int32(multiprocessors),
+            ctypes.byref(splits)))
+        return splits.value
+
+    def cache(self, name, *arguments):
+        """Calls flashkata_cache_<name>."""
+        self._check(getattr(self._library, f"flashkata_cache_{name}")(*arguments))
+
+    def destroy_cache(self, cache):
+        self._library.flashkata_cache_destroy(cache)
 
     def _check(self, status):
         if status == 0:

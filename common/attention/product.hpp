@@ -28,21 +28,34 @@ struct Factors {
   Index depth;  // columns of a, or its rows if it is transposed; rows of b
 };
 
-// Rows [row, row + HEIGHT) by columns [col, col + WIDTH * LANES) of the product, in registers from begin to end.
+// Rows [row, row + HEIGHT) by columns [col, col + WIDTH * LANES) of the product, in registers from begin to end: for
+// that no loop over `sum` may be left when the compiler looks for what can be one, and so it is told to unroll them.
 template <int HEIGHT, int WIDTH, bool TRANSPOSED>
 void multiply_block(const Factors& f, Index row, Index col, float* c, Index c_stride, bool add) {
-  Lanes sum[HEIGHT][WIDTH] = {};
+  Lanes sum[HEIGHT][WIDTH];
+#pragma GCC unroll 8
+  for (int y = 0; y < HEIGHT; ++y) {
+#pragma GCC unroll 8
+    for (int x = 0; x < WIDTH; ++x) {
+      sum[y][x] = Lanes{};
+      __builtin_prefetch(c + (row + y) * c_stride + col + x * LANES, 1);  // here when the sums are ready
+    }
+  }
   const float* a = f.a + (TRANSPOSED ? row : row * f.a_stride);
   const float* b = f.b + col;
   for (Index k = 0; k < f.depth; ++k, a += TRANSPOSED ? f.a_stride : 1, b += f.b_stride) {
     const Lanes* const b_row = reinterpret_cast<const Lanes*>(b);
+#pragma GCC unroll 8
     for (int y = 0; y < HEIGHT; ++y) {
       const float factor = a[TRANSPOSED ? y : y * f.a_stride];
+#pragma GCC unroll 8
       for (int x = 0; x < WIDTH; ++x) sum[y][x] += factor * b_row[x];
     }
   }
+#pragma GCC unroll 8
   for (int y = 0; y < HEIGHT; ++y) {
     Lanes* const c_row = reinterpret_cast<Lanes*>(c + (row + y) * c_stride + col);
+#pragma GCC unroll 8
     for (int x = 0; x < WIDTH; ++x) c_row[x] = add ? c_row[x] + sum[y][x] : sum[y][x];
   }
 }

@@ -17,31 +17,25 @@ std::uint64_t key_of(Site site, MemorySpace space, MemoryAccess access) {
 
 std::int64_t round_up_divide(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
 
-/// How many different pieces of `size` bytes the accesses touch.
-std::int64_t distinct_pieces(const std::uintptr_t* addresses, unsigned lanes, unsigned bytes, std::uintptr_t size) {
-  std::vector<std::uintptr_t> pieces;
+/// The different pieces of `size` bytes that the accesses touch. The memory for them is the caller's, for reuse.
+void find_pieces(const std::uintptr_t* addresses, unsigned lanes, unsigned bytes, std::uintptr_t size,
+                 std::vector<std::uintptr_t>& pieces) {
+  pieces.clear();
   for (unsigned lane = 0; lane < lanes; ++lane) {
     for (std::uintptr_t piece = addresses[lane] / size; piece <= (addresses[lane] + bytes - 1) / size; ++piece) {
       pieces.push_back(piece);
     }
   }
-  std::sort(pieces.begin(), pieces.end());
-  return std::unique(pieces.begin(), pieces.end()) - pieces.begin();
+  if (!std::is_sorted(pieces.begin(), pieces.end())) std::sort(pieces.begin(), pieces.end());
+  pieces.erase(std::unique(pieces.begin(), pieces.end()), pieces.end());
 }
 
 /// Passes over the banks: as many as the busiest bank has different words.
-std::int64_t wavefronts(const std::uintptr_t* addresses, unsigned lanes, unsigned bytes) {
-  std::array<std::vector<std::uintptr_t>, BANKS> words;
-  std::size_t most = 1;
-  for (unsigned lane = 0; lane < lanes; ++lane) {
-    for (std::uintptr_t word = addresses[lane] / BANK_BYTES; word <= (addresses[lane] + bytes - 1) / BANK_BYTES;
-         ++word) {
-      std::vector<std::uintptr_t>& in_bank = words[word % BANKS];
-      if (std::find(in_bank.begin(), in_bank.end(), word) == in_bank.end()) in_bank.push_back(word);
-      most = std::max(most, in_bank.size());
-    }
-  }
-  return static_cast<std::int64_t>(most);
+std::int64_t wavefronts(const std::vector<std::uintptr_t>& words) {
+  std::array<int, BANKS> in_bank{};
+  int most = 1;
+  for (const std::uintptr_t word : words) most = std::max(most, ++in_bank[word % BANKS]);
+  return most;
 }
 
 }  // namespace
@@ -73,7 +67,8 @@ void WarpAccessLog::flush(LineTotals& totals) {
       counts.requests += 1;
       counts.lanes += request.lanes;
       if (place->space == MemorySpace::global) {
-        counts.transactions += distinct_pieces(request.addresses.data(), request.lanes, request.bytes, SECTOR_BYTES);
+        find_pieces(request.addresses.data(), request.lanes, request.bytes, SECTOR_BYTES, pieces_);
+        counts.transactions += static_cast<std::int64_t>(pieces_.size());
         counts.least_transactions += round_up_divide(std::int64_t{request.lanes} * request.bytes, SECTOR_BYTES);
         continue;
       }
@@ -81,7 +76,8 @@ void WarpAccessLog::flush(LineTotals& totals) {
       const unsigned at_once = request.bytes <= 4 ? 32 : request.bytes <= 8 ? 16 : 8;
       for (unsigned first = 0; first < request.lanes; first += at_once) {
         const unsigned lanes = std::min(at_once, request.lanes - first);
-        counts.transactions += wavefronts(request.addresses.data() + first, lanes, request.bytes);
+        find_pieces(request.addresses.data() + first, lanes, request.bytes, BANK_BYTES, pieces_);
+        counts.transactions += wavefronts(pieces_);
         counts.least_transactions += 1;
       }
     }

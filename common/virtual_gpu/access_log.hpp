@@ -59,6 +59,7 @@ class WarpAccessLog {
 
   std::unordered_map<std::uint64_t, std::unique_ptr<Place>> places_;
   std::vector<Place*> touched_;
+  std::vector<std::uintptr_t> pieces_;  // of one request, while it is counted
 };
 
 }  // namespace flashkata::virtual_gpu

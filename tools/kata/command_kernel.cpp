@@ -1,5 +1,10 @@
 // ./kata check and ./kata profile: what a step's kernels do to memory, told by the virtual GPU or by NVIDIA's tools.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <iostream>
+#include <map>
+#include <sstream>
 
 #include "build.hpp"
 #include "commands.hpp"
@@ -12,6 +17,10 @@
 
 namespace kata {
 namespace {
+
+constexpr const char* DURATION = "gpu__time_duration.sum";  // as ncu calls it
+constexpr std::size_t MOST_LAUNCHES = 1000;                 // of a suite that are timed
+constexpr std::size_t MOST_KERNELS = 6;                     // that are looked at: each takes a run of the suite
 
 const Step& kernel_step(const Course& course, const std::string& typed, const char* command) {
   const Step& step = find_step(course, typed);
@@ -74,12 +83,122 @@ int check_on_gpu(const Step& step, const KernelOptions& options) {
   return worst == 0 ? 0 : 1;
 }
 
+// What ncu writes to its log beside "==PROF== Connected to process 123": tables, and what went wrong.
+std::string without_progress(const std::string& log) {
+  std::istringstream lines(log);
+  std::string result;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.rfind("==PROF==", 0) != 0) result += line + "\n";
+  }
+  return result;
+}
+
+// The cells of a line of ncu's CSV: "keys_kernel","1,024".
+std::vector<std::string> cells_of(const std::string& line) {
+  std::vector<std::string> cells;
+  bool inside = false;
+  for (const char letter : line) {
+    if (letter == '"') {
+      inside = !inside;
+      if (inside) cells.emplace_back();
+    } else if (inside) {
+      cells.back() += letter;
+    }
+  }
+  return cells;
+}
+
+struct Launch {
+  std::string kernel, grid, block;
+  double microseconds = 0;
+};
+
+std::vector<Launch> parse_launches(const std::string& log) {
+  std::istringstream lines(log);
+  std::vector<std::string> names;
+  std::vector<Launch> launches;
+  for (std::string line; std::getline(lines, line);) {
+    const std::vector<std::string> cells = cells_of(line);
+    if (!cells.empty() && cells.front() == "ID") names = cells;
+    if (names.empty() || cells.size() != names.size() || cells.front() == "ID" || cells.front().empty()) continue;
+    Launch launch;
+    for (std::size_t i = 0; i < cells.size(); ++i) {
+      if (names[i] == "Kernel Name") launch.kernel = cells[i];
+      if (names[i] == "Grid Size") launch.grid = cells[i];
+      if (names[i] == "Block Size") launch.block = cells[i];
+      if (names[i] != DURATION) continue;
+      std::string digits = cells[i];  // nanoseconds, maybe as 12,345
+      std::erase(digits, ',');
+      launch.microseconds = 1e-3 * std::strtod(digits.c_str(), nullptr);
+    }
+    launches.push_back(std::move(launch));
+  }
+  return launches;
+}
+
+// Runs ncu with the suite, whose own output is of no interest here, and returns ncu's.
+std::string ncu(std::vector<std::string> arguments, const Step& step, const KernelOptions& options) {
+  const ScratchFolder scratch;
+  const auto log = scratch.path() / "ncu.txt";
+  Command command;
+  command.argv = {"ncu", "--log-file", log.string()};
+  command.argv.insert(command.argv.end(), arguments.begin(), arguments.end());
+  command.argv.push_back(step.test.string());
+  append_case(command.argv, options);
+  const auto outcome = run(command);
+  if (!outcome.started) throw Failure("cannot start ncu", "./kata doctor says what is missing on this machine");
+  const std::string text = without_progress(read_file(log).value_or(""));
+  if (text.find("==ERROR==") == std::string::npos) return text;
+  throw Failure("ncu could not profile " + step.title() + ":\n" + text,
+                "where counters are for administrators only, sudo");
+}
+
+// The longest launch of each kernel, as places in `launches`, the longest of all first.
+std::vector<std::size_t> longest_of_each_kernel(const std::vector<Launch>& launches) {
+  std::map<std::string, std::size_t> longest;
+  for (std::size_t i = 0; i < launches.size(); ++i) {
+    std::size_t& best = longest.try_emplace(launches[i].kernel, i).first->second;
+    if (launches[i].microseconds > launches[best].microseconds) best = i;
+  }
+  std::vector<std::size_t> result;
+  for (const auto& [kernel, launch] : longest) result.push_back(launch);
+  std::sort(result.begin(), result.end(), [&](std::size_t one, std::size_t other) {
+    return launches[one].microseconds > launches[other].microseconds;
+  });
+  return result;
+}
+
+// A suite has hundreds of launches, most of them of a few rows, and ncu runs each a dozen times to see all that these
+// sections show. So all launches are timed, which takes one run, and the longest of each kernel is looked at.
 int profile_on_gpu(const Step& step, const KernelOptions& options) {
-  std::vector<std::string> argv = {"ncu", "--section", "SpeedOfLight", "--section", "MemoryWorkloadAnalysis"};
-  if (options.json) argv.insert(argv.end(), {"--csv", "--page", "raw"});
-  argv.push_back(step.test.string());
-  append_case(argv, options);
-  return show(std::move(argv));
+  const std::vector<Launch> launches = parse_launches(
+      ncu({"--csv", "--page", "raw", "--metrics", DURATION, "--print-units", "base", "--print-kernel-base", "function",
+           "--clock-control", "none", "--cache-control", "none", "--launch-count", std::to_string(MOST_LAUNCHES)},
+          step, options));
+  if (launches.empty()) {
+    throw Failure("the suite of " + step.title() + " launched no kernel", "./kata test " + step.number);
+  }
+  std::vector<std::size_t> longest = longest_of_each_kernel(launches);
+  const std::size_t kernels = longest.size();
+  longest.resize(std::min(kernels, MOST_KERNELS));
+  if (!options.json) {
+    std::cout << "\n  " << launches.size() << " launches of " << kernels << (kernels == 1 ? " kernel" : " kernels")
+              << (launches.size() == MOST_LAUNCHES ? ", and there are more that were not timed" : "")
+              << "; here is the longest launch of " << (kernels > MOST_KERNELS ? "those that take longest" : "each")
+              << ". --case N looks at one case alone.\n";
+  }
+  for (const std::size_t i : longest) {
+    if (!options.json) {
+      std::cout << "\n  " << bold(launches[i].kernel) << "  grid " << launches[i].grid << ", block "
+                << launches[i].block << ": " << std::lround(launches[i].microseconds) << " us\n\n"
+                << std::flush;
+    }
+    std::vector<std::string> arguments = {"--launch-skip", std::to_string(i), "--launch-count", "1"};
+    arguments.insert(arguments.end(), {"--section", "SpeedOfLight", "--section", "MemoryWorkloadAnalysis"});
+    if (options.json) arguments.insert(arguments.end(), {"--csv", "--page", "raw"});
+    std::cout << ncu(std::move(arguments), step, options) << std::flush;
+  }
+  return 0;
 }
 
 }  // namespace

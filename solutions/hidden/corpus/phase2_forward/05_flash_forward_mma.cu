@@ -770,11 +770,13 @@ void launch_for(const FlashForward<T>& p, const Stream& stream) {
     launch(scalar_kernel<T>, dim3(static_cast<unsigned>(ceil_div(rows, 64))), dim3(64), 0, stream, args, scale < 0.0f);
     return;
   }
-  if (plays("32 keys")) return launch_shape<32, 4, 2, HEAD_DIM>(args, stream);
-  if (plays("128 keys")) return launch_shape<128, 4, 1, HEAD_DIM>(args, stream);
-  if (plays("64 queries")) return launch_shape<64, 4, 1, HEAD_DIM>(args, stream);
-  if (plays("8 warps")) return launch_shape<64, 8, 1, HEAD_DIM>(args, stream);
-  if (plays("blocks of 32 queries")) return launch_shape<64, 2, 1, HEAD_DIM>(args, stream);
+  if constexpr (HEAD_DIM != 32) {  // three widths out of four will do: each shape is compiled for each of them
+    if (plays("32 keys")) return launch_shape<32, 4, 2, HEAD_DIM>(args, stream);
+    if (plays("128 keys")) return launch_shape<128, 4, 1, HEAD_DIM>(args, stream);
+    if (plays("64 queries")) return launch_shape<64, 4, 1, HEAD_DIM>(args, stream);
+    if (plays("8 warps")) return launch_shape<64, 8, 1, HEAD_DIM>(args, stream);
+    if (plays("blocks of 32 queries")) return launch_shape<64, 2, 1, HEAD_DIM>(args, stream);
+  }
   launch_shape<64, 4, 2, HEAD_DIM>(args, stream);
 }
 

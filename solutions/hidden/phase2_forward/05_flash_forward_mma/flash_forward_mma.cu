@@ -9,6 +9,8 @@
 // Try        ./kata test 2.05    ./kata profile 2.05
 #include "flash_forward_mma.hpp"
 
+#include "solutions/hidden/mma_tile.cuh"
+
 namespace flashkata {
 namespace {
 
@@ -17,7 +19,6 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int ROW_TILES = 2;                     // of 16 queries, for each warp
 constexpr int BLOCK_Q = WARPS * ROW_TILES * 16;  // 128
 constexpr int BLOCK_KV = 64;  // keys in a tile; 64 scores a thread beside HEAD_DIM sums of the output
-constexpr int CHUNK = 8;      // elements in 16 bytes: what cp.async copies and ldmatrix reads
 
 // Blocks that share an SM. More of them hide each other's waiting, but 65536 registers are all there are.
 template <int HEAD_DIM>
@@ -60,123 +61,6 @@ struct Work {
   }
 };
 
-// All of these bits are set in inf and in NaN, and in no other number.
-template <typename T>
-constexpr std::uint32_t EXPONENT = std::is_same_v<T, fp16> ? 0x7c00 : 0x7f80;
-
-template <typename T>
-KATA_DEVICE bool is_finite(T number) {
-  return (number.x & EXPONENT<T>) != EXPONENT<T>;
-}
-
-// A tile in shared memory, [rows, HEAD_DIM], in chunks of 16 bytes. Chunk c of row r lies at place c XOR (r % 8), so
-// that the 8 rows of one chunk column, which ldmatrix reads together, lie in 8 different groups of 4 banks. Rows
-// shorter than 128 bytes share a line of banks, so it is the line's number that counts.
-template <typename T, int HEAD_DIM>
-struct Tile {
-  static constexpr unsigned CHUNKS = HEAD_DIM / CHUNK;          // in a row
-  static constexpr unsigned SWAPPED = CHUNKS < 8 ? CHUNKS : 8;  // chunks that change places among themselves
-  static constexpr unsigned ROWS_PER_LINE = 8 / SWAPPED;
-  static constexpr int ROWS_PER_STEP = THREADS / CHUNKS;  // that the block copies at once, a chunk for every thread
-
-  T* smem;
-
-  // One lane's row in a tile. Later rows and chunks are then constants away, which costs no address registers.
-  struct Lane {
-    T* row;
-    unsigned swizzle;
-
-    // `rows` further down, a multiple of 8, and `chunks` further right, an even number.
-    KATA_DEVICE T* at(int rows, int chunks) const {
-      const unsigned chunk = static_cast<unsigned>(chunks);
-      return row + rows * HEAD_DIM + chunk / SWAPPED * SWAPPED * CHUNK + ((chunk % SWAPPED) ^ swizzle) * CHUNK;
-    }
-  };
-
-  KATA_DEVICE Lane lane(int row, int chunk) const {
-    return {smem + row * HEAD_DIM,
-            (static_cast<unsigned>(row) / ROWS_PER_LINE % SWAPPED) ^ static_cast<unsigned>(chunk)};
-  }
-  KATA_DEVICE T* at(int row, int chunk) const {
-    const unsigned place = static_cast<unsigned>(chunk) ^ (static_cast<unsigned>(row) / ROWS_PER_LINE % SWAPPED);
-    return smem + row * HEAD_DIM + place * CHUNK;
-  }
-
-  // A thread copies one chunk in every ROWS_PER_STEP-th row; this is the first.
-  static KATA_DEVICE int own_row(int thread) { return static_cast<int>(static_cast<unsigned>(thread) / CHUNKS); }
-  static KATA_DEVICE int own_chunk(int thread) { return static_cast<int>(static_cast<unsigned>(thread) % CHUNKS); }
-  KATA_DEVICE T* own(int thread) const { return at(own_row(thread), own_chunk(thread)); }
-  static KATA_DEVICE const T* own_source(int thread, const T* tile, Index row_stride) {
-    return tile + own_row(thread) * row_stride + own_chunk(thread) * CHUNK;
-  }
-
-  // Starts a thread's copies, the first one from `source`. If LIMITED, rows from number `rows` on become 0.
-  template <int ROWS, bool LIMITED>
-  KATA_DEVICE void load_async(int thread, const T* source, Index row_stride, int rows) const {
-    static_assert(ROWS % ROWS_PER_STEP == 0, "every thread copies the same number of chunks");
-    T* destination = own(thread);
-#pragma unroll
-    for (int step = 0; step < ROWS / ROWS_PER_STEP; ++step) {
-      cp_async_16(destination + step * ROWS_PER_STEP * HEAD_DIM, source,
-                  !LIMITED || own_row(thread) + step * ROWS_PER_STEP < rows);
-      source += ROWS_PER_STEP * row_stride;
-    }
-  }
-
-  // The rest is for a thread whose copies have landed, and concerns the chunks that it has copied itself.
-
-  template <int ROWS>
-  KATA_DEVICE void negate(int thread) const {
-    for (int step = 0; step < ROWS / ROWS_PER_STEP; ++step) {
-      auto* twos = reinterpret_cast<std::uint32_t*>(own(thread) + step * ROWS_PER_STEP * HEAD_DIM);
-      for (int i = 0; i < CHUNK / 2; ++i) twos[i] ^= 0x80008000;
-    }
-  }
-
-  // Makes 0 of what is not finite. Was there any?
-  template <int ROWS>
-  KATA_DEVICE bool clear_non_finite(int thread) const {
-    T* first = own(thread);
-    // An exponent of ones, and its lowest bit once more: that overflows into the place of the sign.
-    constexpr std::uint32_t EXPONENTS = EXPONENT<T> * 0x00010001;
-    constexpr std::uint32_t LOWEST = EXPONENTS & ~(EXPONENTS << 1);
-    std::uint32_t overflow = 0;
-#pragma unroll
-    for (int step = 0; step < ROWS / ROWS_PER_STEP; ++step) {
-      const uint4 eight = *reinterpret_cast<const uint4*>(first + step * ROWS_PER_STEP * HEAD_DIM);
-      for (const std::uint32_t two : {eight.x, eight.y, eight.z, eight.w}) overflow |= (two & EXPONENTS) + LOWEST;
-    }
-    if ((overflow & 0x80008000) == 0) return false;
-#pragma unroll 1
-    for (int number = 0; number < ROWS / ROWS_PER_STEP * CHUNK; ++number) {
-      T& value = first[number / CHUNK * ROWS_PER_STEP * HEAD_DIM + number % CHUNK];
-      if (!is_finite(value)) value = T{};
-    }
-    return true;
-  }
-};
-
-// The same number, of which the compiler knows nothing: what is derived from it is computed again in each round of a
-// loop. Otherwise the compiler would compute all addresses of a tile once and keep them, in registers that the
-// fragments need.
-KATA_DEVICE int computed_anew(int value) {
-#if KATA_REAL_GPU
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
-// The largest of the 4 lanes that share a row of a C fragment.
-KATA_DEVICE float quad_max(float value) {
-  value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 1));
-  return fmaxf(value, __shfl_xor_sync(FULL_WARP, value, 2));
-}
-
-KATA_DEVICE float quad_sum(float value) {
-  value += __shfl_xor_sync(FULL_WARP, value, 1);
-  return value + __shfl_xor_sync(FULL_WARP, value, 2);
-}
-
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(THREADS, BLOCKS_OF_AN_SM<HEAD_DIM>)
     flash_forward_mma_kernel(const Arguments<T> args) {
@@ -186,15 +70,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_OF_AN_SM<HEAD_DIM>)
   constexpr int DIM_STEPS = HEAD_DIM / 16;  // k steps of S
   constexpr int KEY_STEPS = KV / 16;        // k steps of O
   constexpr float INF = std::numeric_limits<float>::infinity();
-  using Operand = Tile<T, HEAD_DIM>;
+  using Operand = WalkingTile<T, HEAD_DIM, THREADS>;
 
   const Work<T> work(args, static_cast<int>(blockIdx.x));
   const int q_first = work.q_first;
 
   T* smem = dynamic_shared<T>();
-  const Operand q_smem{smem};
-  const Operand k_smem{smem + BLOCK_Q * HEAD_DIM};
-  const Operand v_smem{smem + (BLOCK_Q + KV) * HEAD_DIM};
+  const Operand q_smem{{smem}};
+  const Operand k_smem{{smem + BLOCK_Q * HEAD_DIM}};
+  const Operand v_smem{{smem + (BLOCK_Q + KV) * HEAD_DIM}};
 
   const int keys_seen = min(args.keys, q_first + BLOCK_Q + args.diagonal);  // by the last query of the block
   const int kv_tiles = keys_seen <= 0 ? 0 : (keys_seen + KV - 1) / KV;

@@ -10,7 +10,8 @@ namespace flashkata {
 namespace {
 
 constexpr Index SEGMENTS = 4;         // of the outer loop, each of which may run on a thread of its own
-constexpr Index DIAGONAL_STRIP = 16;  // rows of a tile on the diagonal that are computed at a time
+constexpr Index DIAGONAL_STRIP = 24;  // rows of a tile on the diagonal that are computed at a time
+constexpr Index CACHE_LINE = 16;      // floats
 
 using Rows = decltype(as_matrix(std::declval<View<const float, 2>>()));  // [S, D], rows maybe far apart in memory
 using Gradient = Eigen::Ref<Matrix>;                                     // [S, D] or some of its rows, to be added to
@@ -27,9 +28,11 @@ struct Head {
   }
 };
 
-// Whole cache lines of 16 floats, and an odd number of them: whoever reads down a column finds its rows in different
-// places of the cache.
-Index padded(Index cols) { return ((cols + 15) / 16 | 1) * 16; }
+Index cache_lines(Index floats) { return (floats + CACHE_LINE - 1) / CACHE_LINE; }
+
+// Whole cache lines, and an odd number of them: whoever reads down a column finds its rows in different places of the
+// cache.
+Index padded(Index cols) { return (cache_lines(cols) | 1) * CACHE_LINE; }
 
 // A tile of keys, turned so that scores are made from rows of it, and memory for the weights of a tile.
 struct Tile {
@@ -39,14 +42,19 @@ struct Tile {
   explicit Tile(const Head& head) {
     const Index rows = std::min(head.options.block_rows, head.q.rows());
     const Index cols = padded(std::min(head.options.block_cols, head.k.rows()));
-    k_turned = Matrix::Zero(head.k.cols(), cols);
-    v_turned = Matrix::Zero(head.v.cols(), cols);
-    p = ds = Matrix::Zero(rows, cols);
+    k_turned.resize(head.k.cols(), cols);
+    v_turned.resize(head.v.cols(), cols);
+    p.resize(rows, cols);
+    ds.resize(rows, cols);
   }
 
   void load_keys(const Head& head, Index first_key, Index cols) {
-    k_turned.leftCols(cols) = head.k.middleRows(first_key, cols).transpose();
-    v_turned.leftCols(cols) = head.v.middleRows(first_key, cols).transpose();
+    // A few keys at a time, which stay in the cache until their last column has been read.
+    for (Index key = 0; key < cols; key += CACHE_LINE) {
+      const Index keys = std::min(CACHE_LINE, cols - key);
+      k_turned.middleCols(key, keys) = head.k.middleRows(first_key + key, keys).transpose();
+      v_turned.middleCols(key, keys) = head.v.middleRows(first_key + key, keys).transpose();
+    }
     k_turned.rightCols(k_turned.cols() - cols).setZero();
     v_turned.rightCols(v_turned.cols() - cols).setZero();
   }
@@ -75,7 +83,7 @@ void backward_tile(const Head& head, Tile& tile, Index first_query, Index first_
     const auto k = head.k.middleRows(first_key, width);             // [Bc, D]
 
     // Step 1. S = Q K^T, dP = dO V^T, in whole cache lines
-    const Index whole = (width + 15) / 16 * 16;
+    const Index whole = cache_lines(width) * CACHE_LINE;
     set_product(q, tile.k_turned.leftCols(whole), tile.p.topLeftCorner(height, whole));
     set_product(d_output, tile.v_turned.leftCols(whole), tile.ds.topLeftCorner(height, whole));
 
@@ -106,6 +114,11 @@ void backward_tile(const Head& head, Tile& tile, Index first_query, Index first_
   }
 }
 
+// One head, as a batch of its own.
+View<const float, 4> alone(const View<const float, 4>& tensor, Index b, Index h) {
+  return {tensor[b][h].data(), {1, 1, tensor.size(2), tensor.size(3)}, tensor.strides()};
+}
+
 // Is this tile of the outer loop the segment's? 0 1 2 3 3 2 1 0 0 1 ...: with a causal mask one tile has more work than
 // the next, and so each segment has as much as the others.
 bool belongs(Index tile, Index segment) {
@@ -117,7 +130,7 @@ bool belongs(Index tile, Index segment) {
 void keys_outside(const Head& head, Index segment, Matrix& d_query, Gradient d_key, Gradient d_value) {
   const Index queries = head.q.rows(), keys = head.k.rows();
   const auto [block_rows, block_cols] = std::pair(head.options.block_rows, head.options.block_cols);
-  d_query = Matrix::Zero(queries, head.q.cols());
+  d_query.setZero(queries, head.q.cols());
   Tile tile(head);
   for (Index first_key = 0, turn = 0; first_key < keys; first_key += block_cols, ++turn) {
     if (!belongs(turn, segment)) continue;
@@ -138,8 +151,8 @@ void keys_outside(const Head& head, Index segment, Matrix& d_query, Gradient d_k
 void queries_outside(const Head& head, Index segment, Gradient d_query, Matrix& d_key, Matrix& d_value) {
   const Index queries = head.q.rows(), keys = head.k.rows();
   const auto [block_rows, block_cols] = std::pair(head.options.block_rows, head.options.block_cols);
-  d_key = Matrix::Zero(keys, head.k.cols());
-  d_value = Matrix::Zero(keys, head.v.cols());
+  d_key.setZero(keys, head.k.cols());
+  d_value.setZero(keys, head.v.cols());
   Tile tile(head);
   for (Index first_query = 0, turn = 0; first_query < queries; first_query += block_rows, ++turn) {
     if (!belongs(turn, segment)) continue;
@@ -162,47 +175,63 @@ TiledGradients tiled_backward(View<const float, 4> q, View<const float, 4> k, Vi
                               View<const float, 4> output, View<const float, 3> lse, View<const float, 4> d_output,
                               const TiledBackwardOptions& options) {
   check_tiled_backward(q, k, v, output, lse, d_output, options);
-  const Index batch = q.size(0), heads = q.size(1);
+  const Index heads = q.size(1), all_heads = q.size(0) * heads;
+  const Index threads = options.threads == 0 ? std::thread::hardware_concurrency() : options.threads;
   const float scale = options.scale.value_or(1.0f / std::sqrt(static_cast<float>(q.size(3))));
-  const Tensor<float, 3> delta = row_delta(output, d_output);
   TiledGradients result{Tensor<float, 4>(q.shape()), Tensor<float, 4>(k.shape()), Tensor<float, 4>(v.shape())};
+  Tensor<float, 3> delta(lse.shape());
+  parallel_for(all_heads, options.threads, [&](Index head) {
+    const Index b = head / heads, h = head % heads;
+    const Tensor<float, 3> rows = row_delta(alone(output, b, h), alone(d_output, b, h));
+    std::copy_n(rows.data(), rows.count(), delta.view()[b][h].data());
+  });
 
   // Tiles of the outer loop share nothing that they write but the gradients that come together in memory. Of those
-  // every segment has its own, added up at the end in one order: how many threads there are moves no bit.
+  // every segment has its own, added up at the end in one order: how many threads there are moves no bit. Heads are
+  // taken so many at a time that each thread has two segments: the next ones find the memory of these, and warm.
   struct Gathered {
     Matrix d_q, d_k, d_v;
   };
-  std::vector<Gathered> gathered(static_cast<std::size_t>(batch * heads * SEGMENTS));
-  parallel_for(batch * heads * SEGMENTS, options.threads, [&](Index task) {
-    const Index b = task / SEGMENTS / heads, h = task / SEGMENTS % heads, segment = task % SEGMENTS;
-    const Head head{as_matrix(q[b][h]),
-                    as_matrix(k[b][h]),
-                    as_matrix(v[b][h]),
-                    as_matrix(d_output[b][h]),
-                    lse[b][h],
-                    delta.view()[b][h],
-                    scale,
-                    options};
-    auto& [d_q, d_k, d_v] = gathered[static_cast<std::size_t>(task)];
-    if (options.order == LoopOrder::keys_outside) {
-      keys_outside(head, segment, d_q, as_matrix(result.key.view()[b][h]), as_matrix(result.value.view()[b][h]));
-    } else {
-      queries_outside(head, segment, as_matrix(result.query.view()[b][h]), d_k, d_v);
-    }
-  });
-  parallel_for(batch * heads, options.threads, [&](Index head) {
-    const Index b = head / heads, h = head % heads;
-    const Gathered* const parts = &gathered[static_cast<std::size_t>(head * SEGMENTS)];
-    const auto add_up = [&](Tensor<float, 4>& gradient, Matrix Gathered::*part) {
-      as_matrix(gradient.view()[b][h]) = parts[0].*part + parts[1].*part + parts[2].*part + parts[3].*part;
-    };
-    if (options.order == LoopOrder::keys_outside) {
-      add_up(result.query, &Gathered::d_q);
-    } else {
-      add_up(result.key, &Gathered::d_k);
-      add_up(result.value, &Gathered::d_v);
-    }
-  });
+  const Index at_once = std::clamp<Index>(2 * threads / SEGMENTS, 1, std::max<Index>(1, all_heads));
+  std::vector<Gathered> gathered(static_cast<std::size_t>(at_once * SEGMENTS));
+  for (Index first_head = 0; first_head < all_heads; first_head += at_once) {
+    const Index tasks = std::min(at_once, all_heads - first_head) * SEGMENTS;
+    parallel_for(tasks, options.threads, [&](Index task) {
+      const Index head_index = first_head + task / SEGMENTS, segment = task % SEGMENTS;
+      const Index b = head_index / heads, h = head_index % heads;
+      const Head head{as_matrix(q[b][h]),
+                      as_matrix(k[b][h]),
+                      as_matrix(v[b][h]),
+                      as_matrix(d_output[b][h]),
+                      lse[b][h],
+                      delta.view()[b][h],
+                      scale,
+                      options};
+      auto& [d_q, d_k, d_v] = gathered[static_cast<std::size_t>(task)];
+      if (options.order == LoopOrder::keys_outside) {
+        keys_outside(head, segment, d_q, as_matrix(result.key.view()[b][h]), as_matrix(result.value.view()[b][h]));
+      } else {
+        queries_outside(head, segment, as_matrix(result.query.view()[b][h]), d_k, d_v);
+      }
+    });
+    parallel_for(tasks, options.threads, [&](Index task) {
+      const Index head_index = first_head + task / SEGMENTS, share = task % SEGMENTS;
+      const Index b = head_index / heads, h = head_index % heads;
+      const Gathered* const parts = &gathered[static_cast<std::size_t>(task - share)];
+      const auto add_up = [&](Tensor<float, 4>& gradient, Matrix Gathered::*part) {
+        auto sum = as_matrix(gradient.view()[b][h]);
+        const Index begin = sum.rows() * share / SEGMENTS, end = sum.rows() * (share + 1) / SEGMENTS;
+        const auto rows = [&](Index segment) { return (parts[segment].*part).middleRows(begin, end - begin); };
+        sum.middleRows(begin, end - begin) = rows(0) + rows(1) + rows(2) + rows(3);
+      };
+      if (options.order == LoopOrder::keys_outside) {
+        add_up(result.query, &Gathered::d_q);
+      } else {
+        add_up(result.key, &Gathered::d_k);
+        add_up(result.value, &Gathered::d_v);
+      }
+    });
+  }
   return result;
 }
 
