@@ -135,7 +135,7 @@ function(kata_add_suite target folder phase)
   target_link_libraries(${target} PRIVATE ${ARGN})
   string(REGEX REPLACE "_test$" "" prefix ${target})
   doctest_discover_tests(${target} TEST_PREFIX "${prefix}/" TEST_LIST ${target}_cases
-                         PROPERTIES LABELS ${phase} TIMEOUT 60 SKIP_REGULAR_EXPRESSION "\\[skipped\\]")
+                         PROPERTIES LABELS ${phase} TIMEOUT 120 SKIP_REGULAR_EXPRESSION "\\[skipped\\]")
   # Those whose names begin with "stress:" can be chosen, or left out, by a label.
   set(script ${CMAKE_CURRENT_BINARY_DIR}/${folder}/${target}_labels.cmake)
   file(WRITE ${script} "foreach(case IN LISTS ${target}_cases)

@@ -123,14 +123,16 @@ class PagedCache:
     def attend(self, layer, q, k, v, *, scale=None):
         """Puts the new tokens' k and v [B, Hk, tokens, D] into the cache and attends to all of it, causally.
 
-        q is [B, H, tokens, D]; more than 16 tokens go in portions of 16."""
+        q is [B, H, tokens, D]; more than 16 tokens go in portions of 16. Computed in the type of the cache, returned in
+        that of q."""
         key, value = self.memory[layer]
-        key[self._new_pages, :, self._new_slots] = k.transpose(1, 2)
-        value[self._new_pages, :, self._new_slots] = v.transpose(1, 2)
-        tokens = q.shape[2]
+        key[self._new_pages, :, self._new_slots] = k.transpose(1, 2).to(key.dtype)
+        value[self._new_pages, :, self._new_slots] = v.transpose(1, 2).to(key.dtype)
+        tokens, dtype = q.shape[2], q.dtype
+        q = q.to(key.dtype)
         outputs = []
         for first in range(0, tokens, 16):
             last = min(first + 16, tokens)
             outputs.append(decode(q[:, :, first:last], key, value, self.lengths - (tokens - last),
                                   block_table=self.block_table, scale=scale, kernels=self._kernels))
-        return torch.cat(outputs, dim=2)
+        return torch.cat(outputs, dim=2).to(dtype)
