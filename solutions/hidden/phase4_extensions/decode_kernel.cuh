@@ -333,10 +333,10 @@ __global__ void __launch_bounds__(THREADS) parts_mma_kernel(const Arguments<T, C
   for (int first = warp_begin; first < work.end; first += WARPS * KEYS) {
     std::uint32_t v_reg[4][Frag::V_WORDS];  // keys pair, pair + 1, pair + 8, pair + 9; in flight during the scores
 #pragma unroll
-    for (int half = 0; half < 4; ++half) {
-      const int i = pair + half % 2 + half / 2 * 8;
+    for (int place = 0; place < 4; ++place) {
+      const int i = pair + place % 2 + place / 2 * 8;
       const bool exists = first + i < work.end;
-      Frag::load_v(v_reg[half], exists ? tile.value_row(i) : nullptr, lane, exists);
+      Frag::load_v(v_reg[place], exists ? tile.value_row(i) : nullptr, lane, exists);
     }
     const int next = first + WARPS * KEYS;
     tile = cache.tile(next, next < work.end);  // if that takes a look into a table, it takes it now

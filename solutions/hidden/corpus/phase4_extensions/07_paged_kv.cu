@@ -9,7 +9,7 @@
   X(table_first, "the row of the first sequence for all", "paged-table-first") \
   X(table_stride, "rows of the table as long as the sequence", UNNAMED) \
   X(size_16, "pages of 16 slots whatever their size", UNNAMED) \
-  X(slot_not_wrapped, "slots counted through the pages", "out of bounds") \
+  X(slot_not_wrapped, "slots counted through the pages", UNNAMED) \
   X(page_and_slot, "pages and slots exchanged", "paged-page-and-slot") \
   X(slot_reversed, "pages filled from behind", "paged-slot-reversed") \
   X(first_page_only, "the first page over and over", "paged-first-page-only") \

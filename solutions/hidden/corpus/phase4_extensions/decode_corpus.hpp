@@ -100,9 +100,7 @@ using corpus::UNNAMED;
   X(right_backwards, "right: keys backwards", RIGHT) \
   X(right_double, "right: double accumulation", RIGHT) \
   X(right_at_once, "right: one part alone writes the output at once", RIGHT) \
-  X(right_fast_exp, "right: __expf", RIGHT) \
-  X(right_pairwise, "right: parts merged one after the other, as in step 2.02", RIGHT) \
-  X(right_sentinel, "right: empty parts hold zeros", RIGHT)
+  X(right_pairwise, "right: parts merged one after the other, as in step 2.02", RIGHT)
 
 // The same on the CPU, where the kernels are right.
 #define DECODE_ANSWERS_ON_CPU(X) \
@@ -121,8 +119,7 @@ using corpus::UNNAMED;
   X("one part has all the work", UNNAMED) \
   X("masked-nan-leak", UNNAMED) \
   X("values with the strides of the keys", UNNAMED) \
-  X("right: keys dealt out to the parts in turns", RIGHT) \
-  X("right: double accumulation", RIGHT)
+  X("right: keys dealt out to the parts in turns", RIGHT)
 // clang-format on
 
 #define ON_THE_CPU " on the CPU"
@@ -369,7 +366,6 @@ __global__ void __launch_bounds__(1024) parts_kernel(const Arguments<T, Cache> a
     return to_float(play == Play::rows_packed ? args.query.data()[packed] : args.query(b, head, i, d));
   };
   const auto raise = [&](Real x) -> Real {
-    if (play == Play::right_fast_exp) return static_cast<Real>(__expf(static_cast<float>(x)));
     if (sizeof(Real) == 8) return static_cast<Real>(exp(static_cast<double>(x)));
     return static_cast<Real>(expf(static_cast<float>(x)));
   };
@@ -452,7 +448,7 @@ __global__ void __launch_bounds__(1024) parts_kernel(const Arguments<T, Cache> a
   if (empty && play == Play::empty_zero) lse = 0.0f;
   const bool divides = play != Play::no_final_div && !(empty && play != Play::empty_nan);
   for (int d = 0; d < width; ++d) {
-    if (empty && count == 0 && play != Play::empty_zero && play != Play::right_sentinel) break;
+    if (empty && count == 0 && play != Play::empty_zero) break;
     const float value = static_cast<float>(divides ? o_smem[d] / state.sum : o_smem[d]);
     if (play == Play::right_at_once && args.splits == 1) {
       args.store_output(b, head, i, d, value);
