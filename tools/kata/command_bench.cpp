@@ -45,7 +45,12 @@ struct Ceilings {
     return std::min(rate_of(problem), problem.operations() / problem.least_bytes() * copy_gb_s * 1e-3);
   }
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Ceilings, name, copy_gb_s, float32_tflops, tensor_tflops)
+void from_json(const Json& json, Ceilings& ceilings) {
+  json.at("name").get_to(ceilings.name);
+  json.at("copy_gb_s").get_to(ceilings.copy_gb_s);
+  json.at("float32_tflops").get_to(ceilings.float32_tflops);
+  json.at("tensor_tflops").get_to(ceilings.tensor_tflops);
+}
 
 /// The program that measures: our own, or Python's with PyTorch beside us.
 class Worker {
