@@ -149,7 +149,7 @@ class PagedCache {
   Tensor<float, 4> key_pages_, value_pages_;
   std::vector<std::int32_t> free_pages_;  // those that no sequence has
   std::map<int, Sequence> sequences_;
-  int next_sequence_ = 0;
+  [[maybe_unused]] int next_sequence_ = 0;  // for add_sequence()
 };
 
 }  // namespace flashkata
