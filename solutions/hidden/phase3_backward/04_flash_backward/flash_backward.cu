@@ -10,33 +10,16 @@
 //            the first see the most queries. queries_kernel: a block for every BLOCK_Q queries, the last first
 // Block      GROUPS x 16 threads
 // Shared     q_smem, do_smem [BLOCK_Q, D], k_smem, v_smem [KV, D], pair_smem [BLOCK_Q, KV]: P, then dS
+// Tiles      how a tile is loaded and multiplied: fp32_backward_tile.cuh
 // Try        ./kata test 3.04    ./kata profile 3.04
 #include "flash_backward.hpp"
+
+#include "solutions/hidden/fp32_backward_tile.cuh"
 
 namespace flashkata {
 namespace {
 
-constexpr int LANES = 16;   // threads that share rows
-constexpr int PADDING = 4;  // floats after a row in shared memory: neighbouring rows begin in different banks
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
-
-// How the work is cut, by the width of a row.
-template <int HEAD_DIM>
-struct Tiling {
-  static constexpr int GROUPS = 8;                        // of LANES threads in a block
-  static constexpr int BLOCKS = HEAD_DIM == 128 ? 2 : 3;  // that an SM holds at a time
-  static constexpr int BLOCK_Q = 32;                      // queries in a tile
-  static constexpr int KV = 64;                           // keys in a tile
-  static constexpr int THREADS = GROUPS * LANES;
-  static constexpr int STRIDE = HEAD_DIM + PADDING;  // of q_smem, do_smem, k_smem and v_smem
-  static constexpr int PAIR_STRIDE = KV + PADDING;
-  static constexpr int SHARED_FLOATS = 2 * (BLOCK_Q + KV) * STRIDE + BLOCK_Q * PAIR_STRIDE + 2 * BLOCK_Q;
-  static constexpr int ROWS = BLOCK_Q / GROUPS;  // queries of a thread: group, group + GROUPS, ...
-  static constexpr int KEYS = KV / LANES;        // its keys in S and dP: lane, lane + 16, ...
-  static constexpr int OWNED = KV / GROUPS;      // its keys in dK and dV, four neighbours at a time
-  static constexpr int DIMS = HEAD_DIM / LANES;  // its channels, in vectors of VECTOR neighbours
-  static constexpr int VECTOR = DIMS < 4 ? DIMS : 4;
-};
+using namespace backward_tile;
 
 struct Arguments {
   View<const float, 4> query, key, value, output;  // [B, H, S, D]
@@ -48,153 +31,6 @@ struct Arguments {
   float scale;
   bool deterministic;
 };
-
-// Copies rows first .. first + COUNT - 1 of one head to shared memory; rows from `limit` on become 0.
-template <int HEAD_DIM, int COUNT>
-KATA_DEVICE void load_tile(float* smem, const float* head, Index row_stride, int first, int limit) {
-  constexpr int VECTORS = HEAD_DIM / 4;  // of 16 bytes, in a row
-  for (int index = static_cast<int>(threadIdx.x); index < COUNT * VECTORS; index += Tiling<HEAD_DIM>::THREADS) {
-    const int row = index / VECTORS;
-    const int column = index % VECTORS * 4;
-    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (first + row < limit) four = *reinterpret_cast<const float4*>(head + (first + row) * row_stride + column);
-    *reinterpret_cast<float4*>(smem + row * Tiling<HEAD_DIM>::STRIDE + column) = four;
-  }
-}
-
-// SIZE neighbours at once: 1, 2 or 4.
-template <int SIZE>
-KATA_DEVICE void load_vector(float* reg, const float* smem) {
-  if constexpr (SIZE == 4) {
-    const float4 four = *reinterpret_cast<const float4*>(smem);
-    reg[0] = four.x, reg[1] = four.y, reg[2] = four.z, reg[3] = four.w;
-  } else if constexpr (SIZE == 2) {
-    const float2 two = *reinterpret_cast<const float2*>(smem);
-    reg[0] = two.x, reg[1] = two.y;
-  } else {
-    reg[0] = *smem;
-  }
-}
-
-// Adds SIZE neighbours to memory that other blocks add to as well.
-template <int SIZE>
-KATA_DEVICE void atomic_add_vector(float* global, const float* reg) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (SIZE == 4) {
-    atomicAdd(reinterpret_cast<float4*>(global), make_float4(reg[0], reg[1], reg[2], reg[3]));
-  } else if constexpr (SIZE == 2) {
-    atomicAdd(reinterpret_cast<float2*>(global), make_float2(reg[0], reg[1]));
-  } else {
-    atomicAdd(global, *reg);
-  }
-#else
-  for (int i = 0; i < SIZE; ++i) atomicAdd(global + i, reg[i]);
-#endif
-}
-
-KATA_DEVICE float dot(const float4& a, const float4& b, float sum) {
-  sum = fmaf(a.x, b.x, sum);
-  sum = fmaf(a.y, b.y, sum);
-  sum = fmaf(a.z, b.z, sum);
-  return fmaf(a.w, b.w, sum);
-}
-
-// Which channel is number `dim` of a thread's?
-template <int HEAD_DIM>
-KATA_DEVICE int channel(int dim, int lane) {
-  constexpr int VECTOR = Tiling<HEAD_DIM>::VECTOR;
-  return dim / VECTOR * VECTOR * LANES + lane * VECTOR + dim % VECTOR;
-}
-
-// result = rows keys^T, both [.., D] in shared memory: S from Q and K, dP from dO and V.
-template <int HEAD_DIM>
-KATA_DEVICE void multiply(float (&result)[Tiling<HEAD_DIM>::ROWS][Tiling<HEAD_DIM>::KEYS], const float* rows_smem,
-                          const float* keys_smem, int group, int lane) {
-  using Cut = Tiling<HEAD_DIM>;
-#pragma unroll
-  for (int row = 0; row < Cut::ROWS; ++row) {
-#pragma unroll
-    for (int key = 0; key < Cut::KEYS; ++key) result[row][key] = 0.0f;
-  }
-#pragma unroll 4
-  for (int column = 0; column < HEAD_DIM; column += 4) {
-    float4 key_four[Cut::KEYS];
-#pragma unroll
-    for (int key = 0; key < Cut::KEYS; ++key) {
-      key_four[key] = *reinterpret_cast<const float4*>(keys_smem + (lane + key * LANES) * Cut::STRIDE + column);
-    }
-#pragma unroll
-    for (int row = 0; row < Cut::ROWS; ++row) {
-      const float4 row_four =
-          *reinterpret_cast<const float4*>(rows_smem + (group + row * Cut::GROUPS) * Cut::STRIDE + column);
-#pragma unroll
-      for (int key = 0; key < Cut::KEYS; ++key) result[row][key] = dot(row_four, key_four[key], result[row][key]);
-    }
-  }
-}
-
-// Which key of the tile is number `key` of those whose dK and dV a thread keeps?
-template <int HEAD_DIM>
-KATA_DEVICE int owned_key(int key, int group) {
-  return key / 4 * 4 * Tiling<HEAD_DIM>::GROUPS + group * 4 + key % 4;
-}
-
-// sum += pairs^T rows: dV from P and dO, dK from dS and Q.
-// A forbidden pair holds 0, but what it would be multiplied with may be NaN, and 0 times NaN is NaN: with MASKED it is
-// left out.
-template <int HEAD_DIM, bool MASKED>
-KATA_DEVICE void add_to_keys(float (&sum)[Tiling<HEAD_DIM>::OWNED][Tiling<HEAD_DIM>::DIMS], const float* pair_smem,
-                             const float* rows_smem, int group, int lane) {
-  using Cut = Tiling<HEAD_DIM>;
-#pragma unroll 4
-  for (int row = 0; row < Cut::BLOCK_Q; ++row) {
-    float pair[Cut::OWNED];
-    float reg[Cut::DIMS];
-#pragma unroll
-    for (int key = 0; key < Cut::OWNED; key += 4) {
-      load_vector<4>(&pair[key], pair_smem + row * Cut::PAIR_STRIDE + owned_key<HEAD_DIM>(key, group));
-    }
-#pragma unroll
-    for (int dim = 0; dim < Cut::DIMS; dim += Cut::VECTOR) {
-      load_vector<Cut::VECTOR>(&reg[dim], rows_smem + row * Cut::STRIDE + channel<HEAD_DIM>(dim, lane));
-    }
-#pragma unroll
-    for (int key = 0; key < Cut::OWNED; ++key) {
-      if (MASKED && pair[key] == 0.0f) continue;
-#pragma unroll
-      for (int dim = 0; dim < Cut::DIMS; ++dim) sum[key][dim] = fmaf(pair[key], reg[dim], sum[key][dim]);
-    }
-  }
-}
-
-// sum += pairs keys: dQ from dS and K.
-template <int HEAD_DIM, bool MASKED>
-KATA_DEVICE void add_to_queries(float (&sum)[Tiling<HEAD_DIM>::ROWS][Tiling<HEAD_DIM>::DIMS], const float* pair_smem,
-                                const float* keys_smem, int group, int lane) {
-  using Cut = Tiling<HEAD_DIM>;
-#pragma unroll 2
-  for (int key = 0; key < Cut::KV; key += 4) {
-    float reg[4][Cut::DIMS];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-#pragma unroll
-      for (int dim = 0; dim < Cut::DIMS; dim += Cut::VECTOR) {
-        load_vector<Cut::VECTOR>(&reg[k][dim], keys_smem + (key + k) * Cut::STRIDE + channel<HEAD_DIM>(dim, lane));
-      }
-    }
-#pragma unroll
-    for (int row = 0; row < Cut::ROWS; ++row) {
-      float pair[4];
-      load_vector<4>(pair, pair_smem + (group + row * Cut::GROUPS) * Cut::PAIR_STRIDE + key);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (MASKED && pair[k] == 0.0f) continue;
-#pragma unroll
-        for (int dim = 0; dim < Cut::DIMS; ++dim) sum[row][dim] = fmaf(pair[k], reg[k][dim], sum[row][dim]);
-      }
-    }
-  }
-}
 
 // delta = rowsum(dO * O), one query for D / 4 threads side by side. Where dQ will be added up, it begins at 0.
 template <int HEAD_DIM>
