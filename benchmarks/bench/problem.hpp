@@ -1,6 +1,8 @@
-// One line of a benchmark: what is asked and what is answered, as ./kata bench and its workers exchange it, in JSON.
+// One line of a benchmark: what is asked and what is answered, as ./kata bench (tools/kata) and its workers exchange
+// it, in JSON.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -8,9 +10,9 @@
 namespace flashkata::bench {
 
 struct Problem {
-  std::string step;       // "2.05": forward; "3.05": backward, or both one after the other
-  std::string type;       // "float32", "float16", "bfloat16"
-  std::string direction;  // "forward", "backward", "both"
+  std::string step;         // "2.05": forward; "3.05": backward, or both one after the other
+  std::string type{};       // "float32", "float16", "bfloat16"
+  std::string direction{};  // "forward", "backward", "both"
   bool gpu = false;
   bool causal = false;
   std::int64_t batch = 1, heads = 1, length = 1, width = 64;
@@ -49,6 +51,12 @@ struct Ceilings {
   double copy_gb_s = 0.0;
   double float32_tflops = 0.0;
   double tensor_tflops = 0.0;  // 16-bit matrix products; 0: it has none
+
+  /// TFLOP/s that bandwidth and arithmetic allow (Williams et al. 2009, Roofline).
+  double roof(const Problem& problem) const {
+    const double rate = problem.type != "float32" && tensor_tflops > 0 ? tensor_tflops : float32_tflops;
+    return std::min(rate, problem.operations() / problem.bytes() * copy_gb_s * 1e-3);
+  }
 };
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Ceilings, name, copy_gb_s, float32_tflops, tensor_tflops)

@@ -44,17 +44,6 @@ std::string today() {
 
 }  // namespace
 
-double BenchProblem::operations() const {
-  const double pairs = static_cast<double>(length) * length * (causal ? 0.5 : 1.0);
-  const double products = direction == "forward" ? 2.0 : direction == "backward" ? 5.0 : 7.0;
-  return products * 2.0 * pairs * batch * heads * width;
-}
-
-double BenchProblem::least_bytes() const {
-  const double tensor = static_cast<double>(batch) * heads * length * width * (type == "float32" ? 4.0 : 2.0);
-  return tensor * (direction == "forward" ? 4.0 : direction == "backward" ? 8.0 : 12.0);
-}
-
 bool is_benched(const Step& step) { return benched_steps().count(step.name) > 0; }
 
 std::vector<BenchProblem> bench_grid(const Step& step, const std::string& grid) {
@@ -126,7 +115,8 @@ BenchRecord::BenchRecord(std::filesystem::path path, bool fresh) : path_(std::mo
 std::string BenchRecord::key(const BenchProblem& p, const std::string& who) {
   std::string text = p.step + "," + p.type + "," + p.direction + "," + (p.gpu ? "gpu" : "cpu") + ",";
   text += p.causal ? "1" : "0";
-  for (const int number : {p.batch, p.heads, p.length, p.width, p.threads}) text += "," + std::to_string(number);
+  for (const std::int64_t number : {p.batch, p.heads, p.length, p.width, std::int64_t{p.threads}})
+    text += "," + std::to_string(number);
   return text + "," + who;
 }
 

@@ -1,34 +1,16 @@
 #pragma once
 
 #include <filesystem>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "benchmarks/bench/problem.hpp"
 #include "course.hpp"
 
 namespace kata {
 
-/// What ./kata bench measures of a step; its workers in benchmarks/ read it as JSON.
-struct BenchProblem {
-  std::string step;
-  std::string type{};
-  std::string direction{};  // "forward", "backward", "both"
-  bool gpu = false;
-  bool causal = false;
-  int batch = 1;
-  int heads = 1;
-  int length = 1;
-  int width = 64;
-  int threads = 0;  // on the CPU; 0: all
-
-  double operations() const;
-  double least_bytes() const;
-};
-
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(BenchProblem, step, type, direction, gpu, causal, batch, heads, length, width,
-                                   threads)
+using BenchProblem = flashkata::bench::Problem;
 
 /// Whether there is something to measure in a step: an answer for whole tensors.
 bool is_benched(const Step& step);

@@ -32,25 +32,7 @@ std::string right(const std::string& text, std::size_t width) {
   return text.size() >= width ? text : std::string(width - text.size(), ' ') + text;
 }
 
-/// What a machine can do at most, as a worker measured it.
-struct Ceilings {
-  std::string name;
-  double copy_gb_s = 0, float32_tflops = 0, tensor_tflops = 0;
-
-  double rate_of(const BenchProblem& problem) const {
-    return problem.type != "float32" && tensor_tflops > 0 ? tensor_tflops : float32_tflops;
-  }
-  /// TFLOP/s that bandwidth and arithmetic allow (Williams et al. 2009, Roofline).
-  double roof(const BenchProblem& problem) const {
-    return std::min(rate_of(problem), problem.operations() / problem.least_bytes() * copy_gb_s * 1e-3);
-  }
-};
-void from_json(const Json& json, Ceilings& ceilings) {
-  json.at("name").get_to(ceilings.name);
-  json.at("copy_gb_s").get_to(ceilings.copy_gb_s);
-  json.at("float32_tflops").get_to(ceilings.float32_tflops);
-  json.at("tensor_tflops").get_to(ceilings.tensor_tflops);
-}
+using flashkata::bench::Ceilings;
 
 /// The program that measures: our own, or Python's with PyTorch beside us.
 class Worker {
@@ -137,8 +119,6 @@ class Worker {
   std::vector<std::string> argv_;
 };
 
-std::string shown_name(const std::string& who) { return who == "ours" ? "TFLOP/s" : who; }
-
 /// The table of one step, printed row by row.
 class Table {
  public:
@@ -198,7 +178,7 @@ class Table {
     }
     headed_ = true;
     std::string line = right("S", 8) + right("D", 6) + right("mask", 8) + right(gpu_ ? "B x H" : "threads", 12) +
-                       right("ms", 10) + right("+-", 7) + right(shown_name("ours"), 10) + right("roofline", 10);
+                       right("ms", 10) + right("+-", 7) + right("TFLOP/s", 10) + right("roofline", 10);
     for (const auto& who : peers_) line += right(who, 16);
     std::cout << dim(line) << "\n";
   }
