@@ -134,8 +134,12 @@ function(kata_add_suite target folder phase)
   set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${folder})
   target_link_libraries(${target} PRIVATE ${ARGN})
   string(REGEX REPLACE "_test$" "" prefix ${target})
+  set(seconds 120)
+  if(KATA_GPU STREQUAL "cuda")
+    set(seconds 300)  # long sequences, of which the reference takes its time
+  endif()
   doctest_discover_tests(${target} TEST_PREFIX "${prefix}/" TEST_LIST ${target}_cases
-                         PROPERTIES LABELS ${phase} TIMEOUT 120 SKIP_REGULAR_EXPRESSION "\\[skipped\\]")
+                         PROPERTIES LABELS ${phase} TIMEOUT ${seconds} SKIP_REGULAR_EXPRESSION "\\[skipped\\]")
   # Those whose names begin with "stress:" can be chosen, or left out, by a label.
   set(script ${CMAKE_CURRENT_BINARY_DIR}/${folder}/${target}_labels.cmake)
   file(WRITE ${script} "foreach(case IN LISTS ${target}_cases)

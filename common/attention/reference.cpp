@@ -1,11 +1,14 @@
-// Three formulas and the rules of visibility, written so that they can be checked by eye. Speed is no aim here: each
-// query walks all keys and skips those it may not see, so that nothing a forbidden key holds is ever multiplied.
+// Three formulas and the rules of visibility, written so that they can be checked by eye. Speed is no aim here, beyond
+// a thread for each head of keys: each query walks all keys and skips those it may not see, so that nothing a forbidden
+// key holds is ever multiplied.
 #include "common/attention/reference.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
+
+#include "common/attention/parallel.hpp"
 
 namespace flashkata::reference {
 namespace {
@@ -118,6 +121,18 @@ double dropout_factor(const Problem& problem, Index b, Index h, Index i, Index j
   return (*problem.kept)(b, h, i, j) ? 1.0 / (1.0 - problem.dropout_probability) : 0.0;
 }
 
+/// Calls body(b, h) for every query head. Heads that share keys and values follow each other on one thread: what they
+/// add up, they add up in the same order on any machine.
+template <typename Body>
+void each_head(const Problem& problem, const Body& body) {
+  const auto [B, H, Hk, Sq, Sk, D, Dv] = sizes_of(problem);
+  const Index group = H / Hk;
+  const bool worth_a_thread = Sq * Sk * (D + Dv) * group > 1'000'000;
+  parallel_for(B * Hk, worth_a_thread ? 0 : 1, [&, H = H, Hk = Hk](Index n) {
+    for (Index h = n % Hk * group; h < (n % Hk + 1) * group; ++h) body(n / Hk, h);
+  });
+}
+
 template <int Rank>
 Tensor<double, Rank> zeros(const Shape<Rank>& shape) {
   Tensor<double, Rank> tensor(shape);
@@ -132,27 +147,27 @@ Forward forward(const Problem& problem) {
   const auto [B, H, Hk, Sq, Sk, D, Dv] = sizes_of(problem);
   Forward result{.output = zeros<4>({B, H, Sq, Dv}), .weights = zeros<4>({B, H, Sq, Sk}), .lse = zeros<3>({B, H, Sq})};
 
-  for (Index b = 0; b < B; ++b)
-    for (Index h = 0; h < H; ++h)
-      for (Index i = 0; i < Sq; ++i) {
-        std::vector<ScoredKey> keys;
-        for (Index j = 0; j < Sk; ++j)
-          if (visible(problem, b, h, i, j)) keys.push_back({j, score(problem, b, h, i, j)});
+  each_head(problem, [&, Sq = Sq, Sk = Sk](Index b, Index h) {
+    for (Index i = 0; i < Sq; ++i) {
+      std::vector<ScoredKey> keys;
+      for (Index j = 0; j < Sk; ++j)
+        if (visible(problem, b, h, i, j)) keys.push_back({j, score(problem, b, h, i, j)});
 
-        // exp(score - largest) cannot overflow. Without keys: largest = log(0) = -inf, and all sums are empty.
-        double largest = -kInfinity;
-        for (const auto& [j, score] : keys) largest = std::max(largest, score);
-        double sum = 0.0;
-        for (const auto& [j, score] : keys) sum += std::exp(score - largest);
-        result.lse(b, h, i) = largest + std::log(sum);
+      // exp(score - largest) cannot overflow. Without keys: largest = log(0) = -inf, and all sums are empty.
+      double largest = -kInfinity;
+      for (const auto& [j, score] : keys) largest = std::max(largest, score);
+      double sum = 0.0;
+      for (const auto& [j, score] : keys) sum += std::exp(score - largest);
+      result.lse(b, h, i) = largest + std::log(sum);
 
-        const View<double, 1> output = result.output.view()[b][h][i];
-        for (const auto& [j, score] : keys) {
-          const double weight = std::exp(score - largest) / sum;
-          result.weights(b, h, i, j) = weight;
-          add(output, weight * dropout_factor(problem, b, h, i, j), problem.value[b][kv_head(problem, h)][j]);
-        }
+      const View<double, 1> output = result.output.view()[b][h][i];
+      for (const auto& [j, score] : keys) {
+        const double weight = std::exp(score - largest) / sum;
+        result.weights(b, h, i, j) = weight;
+        add(output, weight * dropout_factor(problem, b, h, i, j), problem.value[b][kv_head(problem, h)][j]);
       }
+    }
+  });
   return result;
 }
 
@@ -164,26 +179,26 @@ Gradients backward(const Problem& problem, View<const double, 4> doutput) {
   Gradients gradients{
       .query = zeros<4>({B, H, Sq, D}), .key = zeros<4>({B, Hk, Sk, D}), .value = zeros<4>({B, Hk, Sk, Dv})};
 
-  for (Index b = 0; b < B; ++b)
-    for (Index h = 0; h < H; ++h)
-      for (Index i = 0; i < Sq; ++i) {
-        const Index hk = kv_head(problem, h);
-        const View<const double, 1> dout = doutput[b][h][i];
-        const double delta = dot(dout, result.output.view()[b][h][i]);  // rowsum(dO * O) = sum_j weight_j dweight_j
+  each_head(problem, [&, Sq = Sq, Sk = Sk](Index b, Index h) {
+    for (Index i = 0; i < Sq; ++i) {
+      const Index hk = kv_head(problem, h);
+      const View<const double, 1> dout = doutput[b][h][i];
+      const double delta = dot(dout, result.output.view()[b][h][i]);  // rowsum(dO * O) = sum_j weight_j dweight_j
 
-        for (Index j = 0; j < Sk; ++j) {
-          if (!visible(problem, b, h, i, j)) continue;
-          const double weight = result.weights(b, h, i, j);
-          const double factor = dropout_factor(problem, b, h, i, j);
-          const double dweight = factor * dot(dout, problem.value[b][hk][j]);
-          const double dscore = weight * (dweight - delta);
-          const double dproduct = dscore * score_slope(problem, b, h, i, j) * scale_of(problem);
+      for (Index j = 0; j < Sk; ++j) {
+        if (!visible(problem, b, h, i, j)) continue;
+        const double weight = result.weights(b, h, i, j);
+        const double factor = dropout_factor(problem, b, h, i, j);
+        const double dweight = factor * dot(dout, problem.value[b][hk][j]);
+        const double dscore = weight * (dweight - delta);
+        const double dproduct = dscore * score_slope(problem, b, h, i, j) * scale_of(problem);
 
-          add(gradients.value.view()[b][hk][j], weight * factor, dout);
-          add(gradients.query.view()[b][h][i], dproduct, problem.key[b][hk][j]);
-          add(gradients.key.view()[b][hk][j], dproduct, problem.query[b][h][i]);
-        }
+        add(gradients.value.view()[b][hk][j], weight * factor, dout);
+        add(gradients.query.view()[b][h][i], dproduct, problem.key[b][hk][j]);
+        add(gradients.key.view()[b][hk][j], dproduct, problem.query[b][h][i]);
       }
+    }
+  });
   return gradients;
 }
 

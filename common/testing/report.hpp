@@ -31,6 +31,10 @@ void run_case(int number, const std::string& sentence, const std::function<void(
 /// The number of the run_case() that is running; 0 outside of any.
 int running_case();
 
+/// A line of figures, printed with the running test case's name once it has passed: for a test that is run to learn how
+/// large and how exact something is, not only whether it is right.
+void figures(const std::string& sentence);
+
 /// Marks the running test case as skipped, for `reason`; return from it afterwards. ctest counts it as skipped.
 void skip(const std::string& reason);
 

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <numeric>
+#include <sstream>
 
 #include "phase4_extensions/kernel_suite.hpp"
 
@@ -907,9 +908,18 @@ Array rows_at(const Array& all, const Places& where) {
   return picked;
 }
 
+// What a long problem took: GPU memory at most, and the largest errors of the sampled rows, as shares of what is
+// allowed.
+struct Taken {
+  std::size_t bytes = 0;
+  double output = 0.0, gradients = 0.0;
+};
+
 template <typename T>
-bool expect_sampled(const char* name, const Array& got, const Sampled& want, double largest, const Axes& axes) {
+bool expect_sampled(const char* name, const Array& got, const Sampled& want, double largest, const Axes& axes,
+                    double& share) {
   const Bound bound{4.0 * std::numeric_limits<float>::epsilon() * (largest + 1.0), want.size};
+  share = std::max(share, half_errors<T>(got, want.exact, want.honest, bound).share());
   return expect_close_in_half<T>(name, got, want.exact, want.honest, bound, "whose P, dS and results are rounded to",
                                  axes);
 }
@@ -917,11 +927,12 @@ bool expect_sampled(const char* name, const Array& got, const Sampled& want, dou
 // A forward pass, and with `back` a backward pass from what it left behind; some rows of each are checked. Returns what
 // was found to be right.
 template <typename T>
-bool expect_long(const Grouped& g, bool back, bool deterministic = false) {
+bool expect_long(const Grouped& g, bool back, bool deterministic, Taken& taken) {
   const Inputs in = random_of<T>(g, 7);
   const Index width = g.width, shared = g.heads / g.kv_heads;
   const double scale = 1.0 / std::sqrt(static_cast<double>(width));
   const ForwardAnswer got = attend(fused<T>(), g, in);
+  taken.bytes = peak_device_bytes();  // since the arguments were there: attend() and go_back() count anew
   const auto q = in.query.view();
   const auto k = in.key.view(), v = in.value.view();
 
@@ -952,13 +963,15 @@ bool expect_long(const Grouped& g, bool back, bool deterministic = false) {
   }
   const bool lse_is_right =
       expect_close("lse", rows_at(got.lse, queries), lse, lse_bound(lse, largest, roundoff<T>()), LSE_AXES);
-  if (!expect_sampled<T>("output", rows_at(got.output, queries), output, largest, QUERY_AXES) || !lse_is_right) {
+  if (!expect_sampled<T>("output", rows_at(got.output, queries), output, largest, QUERY_AXES, taken.output) ||
+      !lse_is_right) {
     return not_so(fused<T>(), g, type_name<T>());
   }
   if (!back) return true;
 
   // From here on output and lse are what the forward pass made them.
   const Gradients gradients = go_back(fused_backward<T>(), g, in, {got.output, got.lse}, deterministic);
+  taken.bytes = std::max(taken.bytes, peak_device_bytes());
   const auto d_o = in.d_output.view();
   const auto delta_of = [&](Index h, Index i) {
     double delta = 0.0;
@@ -1004,11 +1017,38 @@ bool expect_long(const Grouped& g, bool back, bool deterministic = false) {
     of_key.template append_to<T>(d_key);
     of_value.template append_to<T>(d_value);
   }
-  const bool key_is_right = expect_sampled<T>("d_key", rows_at(gradients.key, keys), d_key, largest, KEY_AXES);
-  const bool value_is_right = expect_sampled<T>("d_value", rows_at(gradients.value, keys), d_value, largest, KEY_AXES);
-  return (expect_sampled<T>("d_query", rows_at(gradients.query, queries), d_query, largest, QUERY_AXES) &&
-          key_is_right && value_is_right) ||
+  const auto right = [&](const char* name, const Array& all, const Places& where, const Sampled& want,
+                         const Axes& axes) {
+    return expect_sampled<T>(name, rows_at(all, where), want, largest, axes, taken.gradients);
+  };
+  const bool key_is_right = right("d_key", gradients.key, keys, d_key, KEY_AXES);
+  const bool value_is_right = right("d_value", gradients.value, keys, d_value, KEY_AXES);
+  return (right("d_query", gradients.query, queries, d_query, QUERY_AXES) && key_is_right && value_is_right) ||
          not_so(fused_backward<T>(), g, type_name<T>(), deterministic);
+}
+
+template <typename T>
+bool expect_long(const Grouped& g, bool back, bool deterministic = false) {
+  Taken taken;
+  return expect_long<T>(g, back, deterministic, taken);
+}
+
+std::string mebibytes(std::size_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }
+
+// The same, and the figures are printed.
+template <typename T>
+bool expect_stress(const Grouped& g, bool back, bool deterministic = false) {
+  Taken taken;
+  if (!expect_long<T>(g, back, deterministic, taken)) return false;
+  std::ostringstream text;
+  text.precision(2);
+  text << g.queries << " tokens in " << g.groups.size() << " groups, H=" << g.heads << " Hk=" << g.kv_heads
+       << " D=" << g.width << (g.causal ? ", causal, " : ", ") << type_name<T>() << ": at most "
+       << mebibytes(taken.bytes) << " on the GPU, nothing beyond the arguments; largest error of the output "
+       << taken.output << " of what is allowed";
+  if (back) text << ", of the gradients " << taken.gradients;
+  figures(text.str());
+  return true;
 }
 
 // `lengths` tokens behind each other, each sequence a group; with `shared` keys every group also sees the last so many
@@ -1573,11 +1613,11 @@ TEST_SUITE("phase4.05_grouped") {
     if (stress_needs_a_gpu()) return;
     // Two halves, the second of which sees the first as well; then one slice for all.
     for (const bool causal : {false, true}) {
-      if (!expect_long<bf16>(with_heads(sequences({32768, 32768}, 32768), 2, 1, 128, causal), false)) return;
+      if (!expect_stress<bf16>(with_heads(sequences({32768, 32768}, 32768), 2, 1, 128, causal), false)) return;
     }
     Grouped all = with_heads(sequences({65536, 65536}), 2, 1, 64, false);
     for (Group& group : all.groups) group.k_begin = 0, group.k_end = all.keys;
-    expect_long<fp16>(all, false);
+    expect_stress<fp16>(all, false);
   }
 
   TEST_CASE("stress: 32768 tokens forward and backward") {
@@ -1585,11 +1625,11 @@ TEST_SUITE("phase4.05_grouped") {
     if (stress_needs_a_gpu()) return;
     for (const bool deterministic : {false, true}) {
       const Grouped g = with_heads(sequences({8192, 100, 16284, 8192}, 8000), 4, 1, 64, deterministic);
-      if (!expect_long<bf16>(g, true, deterministic)) return;
+      if (!expect_stress<bf16>(g, true, deterministic)) return;
     }
     Grouped all = with_heads(sequences({16384, 16384}), 2, 2, 128, false);
     for (Group& group : all.groups) group.k_begin = 0, group.k_end = all.keys;
-    expect_long<fp16>(all, true);
+    expect_stress<fp16>(all, true);
   }
 
   TEST_CASE("stress: 32 sequences ten times over") {
@@ -1598,7 +1638,7 @@ TEST_SUITE("phase4.05_grouped") {
     std::vector<Index> lengths;
     for (Index n = 0; n < 32; ++n) lengths.push_back(128 + n * 389 % 897);
     const Grouped g = with_heads(sequences(lengths, 64), 2, 1, 128, true);
-    if (!expect_long<bf16>(g, true, true)) return;
+    if (!expect_stress<bf16>(g, true, true)) return;
     const Inputs in = random_of<bf16>(g, 7);
     const ForwardAnswer want = attend(fused<bf16>(), g, in);
     const Gradients gradients = go_back(fused_backward<bf16>(), g, in, {want.output, want.lse});
@@ -1610,6 +1650,7 @@ TEST_SUITE("phase4.05_grouped") {
       }
     }
     const std::size_t after = bytes_taken();
+    figures(mebibytes(before) + " of the GPU taken after the first call, " + mebibytes(after) + " after ten more");
     expect(after <= before + (std::size_t{16} << 20), "memory",
            std::to_string((after - before) >> 20) + " MiB more were taken on the GPU after ten calls");
   }
