@@ -31,16 +31,24 @@ struct Tiling {
   static constexpr int VECTOR = DIMS < 4 ? DIMS : 4;
 };
 
-// Copies rows first .. first + COUNT - 1 of one head to shared memory; rows from `limit` on become 0.
+// Which group does a thread belong to, and which of the group's threads is it? The two groups of a warp alternate:
+// threads that read the same address are neighbours then, and one turn in shared memory serves both.
+KATA_DEVICE int group_of_thread() { return static_cast<int>(threadIdx.x) / 32 * 2 + static_cast<int>(threadIdx.x) % 2; }
+KATA_DEVICE int lane_of_thread() { return static_cast<int>(threadIdx.x) % 32 / 2; }
+
+// Starts the copy of rows first .. first + COUNT - 1 of one head to shared memory; rows from `limit` on become 0.
 template <int HEAD_DIM, int COUNT>
-KATA_DEVICE void load_tile(float* smem, const float* head, Index row_stride, int first, int limit) {
+KATA_DEVICE void load_async(float* smem, const float* head, Index row_stride, int first, int limit) {
   constexpr int VECTORS = HEAD_DIM / 4;  // of 16 bytes, in a row
-  for (int index = static_cast<int>(threadIdx.x); index < COUNT * VECTORS; index += Tiling<HEAD_DIM>::THREADS) {
-    const int row = index / VECTORS;
-    const int column = index % VECTORS * 4;
-    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (first + row < limit) four = *reinterpret_cast<const float4*>(head + (first + row) * row_stride + column);
-    *reinterpret_cast<float4*>(smem + row * Tiling<HEAD_DIM>::STRIDE + column) = four;
+  constexpr int ROWS_PER_STEP = Tiling<HEAD_DIM>::THREADS / VECTORS;
+  static_assert(COUNT % ROWS_PER_STEP == 0, "every thread copies the same number of vectors");
+  const int thread_row = static_cast<int>(threadIdx.x) / VECTORS;
+  const int column = static_cast<int>(threadIdx.x) % VECTORS * 4;
+  const float* source = head + (first + thread_row) * row_stride + column;
+#pragma unroll
+  for (int step = 0; step < COUNT; step += ROWS_PER_STEP) {
+    cp_async_16(smem + (thread_row + step) * Tiling<HEAD_DIM>::STRIDE + column, source + step * row_stride,
+                first + thread_row + step < limit);
   }
 }
 

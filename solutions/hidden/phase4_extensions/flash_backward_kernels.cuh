@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   constexpr int GROUPS = Cut::GROUPS, BLOCK_Q = Cut::BLOCK_Q, KV = Cut::KV;
   constexpr int ROWS = Cut::ROWS, KEYS = Cut::KEYS, OWNED = Cut::OWNED, DIMS = Cut::DIMS, VECTOR = Cut::VECTOR;
 
-  const int lane = static_cast<int>(threadIdx.x) % LANES;
-  const int group = static_cast<int>(threadIdx.x) / LANES;
+  const int lane = lane_of_thread();
+  const int group = group_of_thread();
   const int kv_tiles = (rules.keys + KV - 1) / KV;
   const int kv_first = static_cast<int>(blockIdx.x) % kv_tiles * KV;
   const int kv_head = static_cast<int>(blockIdx.x) / kv_tiles % rules.kv_heads;
@@ -90,32 +90,57 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   float dk_reg[OWNED][DIMS] = {};  // [keys of this thread, its channels]
   float dv_reg[OWNED][DIMS] = {};
 
-  load_tile<HEAD_DIM, KV>(k_smem, &tensors.key(first_part.batch, kv_head, first_part.k_first, 0), tensors.key.stride(2),
-                          kv_first, first_part.keys);
-  load_tile<HEAD_DIM, KV>(v_smem, &tensors.value(first_part.batch, kv_head, first_part.k_first, 0),
-                          tensors.value.stride(2), kv_first, first_part.keys);
-
+  // A visit is a tile of queries of one of the heads.
   const int q_tiles = (first_part.queries + BLOCK_Q - 1) / BLOCK_Q;
-  for (int visit = 0; visit < group_heads * q_tiles; ++visit) {
-    const Part part = rules.part(sequence, kv_head * group_heads + visit / q_tiles);
+  const int visits = group_heads * q_tiles;
+  const auto part_of = [&](int visit) { return rules.part(sequence, kv_head * group_heads + visit / q_tiles); };
+  // The first visit from `visit` on to queries of which some see keys of the block; at least `visits` if there is none.
+  const auto next_visit = [&](int visit) {
+    while (visit < visits &&
+           !Sight::of(rules, part_of(visit), visit % q_tiles * BLOCK_Q, BLOCK_Q).touches(kv_first, KV)) {
+      ++visit;
+    }
+    return visit;
+  };
+  // A query that does not exist gives nothing, whatever its weights: its rows of Q and dO are 0, and so is its delta.
+  const auto load_queries = [&](int visit) {
+    const Part part = part_of(visit);
+    const int q_first = visit % q_tiles * BLOCK_Q;
+    load_async<HEAD_DIM, BLOCK_Q>(q_smem, &tensors.query(part.batch, part.head, part.q_first, 0),
+                                  tensors.query.stride(2), q_first, part.queries);
+    if (threadIdx.x < BLOCK_Q) {
+      const int row = static_cast<int>(threadIdx.x);
+      const bool exists = q_first + row < part.queries;
+      const Index i = part.q_first + (exists ? q_first + row : 0);
+      cp_async_4(lse_smem + row, &tensors.lse(part.batch, part.head, i), exists);
+      cp_async_4(delta_smem + row, &tensors.delta(part.batch, part.head, i), exists);
+    }
+  };
+  const auto load_d_output = [&](int visit) {
+    const Part part = part_of(visit);
+    load_async<HEAD_DIM, BLOCK_Q>(do_smem, &tensors.d_output(part.batch, part.head, part.q_first, 0),
+                                  tensors.d_output.stride(2), visit % q_tiles * BLOCK_Q, part.queries);
+  };
+
+  int visit = next_visit(0);
+  if (visit < visits) {  // otherwise nobody would wait for these copies
+    load_async<HEAD_DIM, KV>(k_smem, &tensors.key(first_part.batch, kv_head, first_part.k_first, 0),
+                             tensors.key.stride(2), kv_first, first_part.keys);
+    load_async<HEAD_DIM, KV>(v_smem, &tensors.value(first_part.batch, kv_head, first_part.k_first, 0),
+                             tensors.value.stride(2), kv_first, first_part.keys);
+    load_queries(visit);
+    load_d_output(visit);
+    cp_async_commit();
+  }
+  for (int following; visit < visits; visit = following) {
+    following = next_visit(visit + 1);
+    const Part part = part_of(visit);
     const int q_first = visit % q_tiles * BLOCK_Q;
     const Sight sight = Sight::of(rules, part, q_first, BLOCK_Q);
-    if (!sight.touches(kv_first, KV)) continue;
     const Index q_part = part.q_first;
 
-    __syncthreads();  // everybody has finished with q_smem, do_smem and the dS of the tile before
-    load_tile<HEAD_DIM, BLOCK_Q>(q_smem, &tensors.query(part.batch, part.head, q_part, 0), tensors.query.stride(2),
-                                 q_first, part.queries);
-    load_tile<HEAD_DIM, BLOCK_Q>(do_smem, &tensors.d_output(part.batch, part.head, q_part, 0),
-                                 tensors.d_output.stride(2), q_first, part.queries);
-    for (int row = static_cast<int>(threadIdx.x); row < BLOCK_Q; row += Cut::THREADS) {
-      // A query that sees nothing has an lse of -inf, one behind the last has none: with +inf their weights are 0.
-      const int i = q_first + row;
-      const float lse = i < part.queries ? tensors.lse(part.batch, part.head, q_part + i) : INFINITE;
-      lse_smem[row] = lse == -INFINITE ? INFINITE : lse;
-      delta_smem[row] = i < part.queries ? tensors.delta(part.batch, part.head, q_part + i) : 0.0f;
-    }
-    __syncthreads();  // the tiles are full: reads may start
+    cp_async_wait<0>();
+    __syncthreads();  // the tiles are full; everybody has finished with the dS of the visit before
 
     // Does every query of the tile see every key of the block? Then nothing has to be forbidden.
     const bool masked = !sight.covers(kv_first, KV);
@@ -128,7 +153,8 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
     for (int row = 0; row < ROWS; ++row) {
       const int q_row = group + row * GROUPS;
       const KeyRange seen = rules.sees(part, q_first + q_row);
-      const float lse = lse_smem[q_row];
+      // A query that sees nothing has an lse of -inf: with +inf its weights are 0.
+      const float lse = lse_smem[q_row] == -INFINITE ? INFINITE : lse_smem[q_row];
 #pragma unroll
       for (int key = 0; key < KEYS; ++key) {
         const int j = kv_first + lane + key * LANES;
@@ -150,7 +176,8 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
     // dS = P (dO V^T - delta)
     float ds_reg[ROWS][KEYS];
     multiply<HEAD_DIM>(ds_reg, do_smem, v_smem, group, lane);
-    __syncthreads();  // everybody has finished with P
+    __syncthreads();  // everybody has finished with P and with do_smem
+    if (following < visits) load_d_output(following);
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
       const int q_row = group + row * GROUPS;
@@ -173,6 +200,9 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
     } else {
       add_to_keys<HEAD_DIM, false>(dk_reg, pair_smem, q_smem, group, lane);
     }
+    __syncthreads();  // everybody has finished with q_smem
+    if (following < visits) load_queries(following);
+    cp_async_commit();
     if (tensors.deterministic) continue;
 
     float dq_reg[ROWS][DIMS] = {};  // [queries of this thread, its channels]
@@ -217,8 +247,8 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   constexpr int GROUPS = Cut::GROUPS, BLOCK_Q = Cut::BLOCK_Q, KV = Cut::KV;
   constexpr int ROWS = Cut::ROWS, KEYS = Cut::KEYS, DIMS = Cut::DIMS;
 
-  const int lane = static_cast<int>(threadIdx.x) % LANES;
-  const int group = static_cast<int>(threadIdx.x) / LANES;
+  const int lane = lane_of_thread();
+  const int group = group_of_thread();
   const int q_tiles = (rules.queries + BLOCK_Q - 1) / BLOCK_Q;
   const int q_first = (q_tiles - 1 - static_cast<int>(blockIdx.x) % q_tiles) * BLOCK_Q;
   const int head = static_cast<int>(blockIdx.x) / q_tiles;  // over sequences and heads
@@ -245,15 +275,20 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   }
 
   const Sight sight = Sight::of(rules, part, q_first, BLOCK_Q);
-  load_tile<HEAD_DIM, BLOCK_Q>(q_smem, &tensors.query(part.batch, part.head, part.q_first, 0), tensors.query.stride(2),
-                               q_first, part.queries);
-  load_tile<HEAD_DIM, BLOCK_Q>(do_smem, &tensors.d_output(part.batch, part.head, part.q_first, 0),
-                               tensors.d_output.stride(2), q_first, part.queries);
-
-  for (int kv_first = sight.some.begin / KV * KV; kv_first < sight.some.end; kv_first += KV) {
+  const int kv_begin = sight.some.begin / KV * KV;
+  const int kv_end = sight.some.end;
+  if (kv_begin < kv_end) {  // otherwise nobody would wait for these copies
+    load_async<HEAD_DIM, BLOCK_Q>(q_smem, &tensors.query(part.batch, part.head, part.q_first, 0),
+                                  tensors.query.stride(2), q_first, part.queries);
+    load_async<HEAD_DIM, BLOCK_Q>(do_smem, &tensors.d_output(part.batch, part.head, part.q_first, 0),
+                                  tensors.d_output.stride(2), q_first, part.queries);
+  }
+  for (int kv_first = kv_begin; kv_first < kv_end; kv_first += KV) {
     __syncthreads();  // everybody has finished with k_smem, v_smem and pair_smem of the tile before
-    load_tile<HEAD_DIM, KV>(k_smem, k_head, tensors.key.stride(2), kv_first, part.keys);
-    load_tile<HEAD_DIM, KV>(v_smem, v_head, tensors.value.stride(2), kv_first, part.keys);
+    load_async<HEAD_DIM, KV>(k_smem, k_head, tensors.key.stride(2), kv_first, part.keys);
+    load_async<HEAD_DIM, KV>(v_smem, v_head, tensors.value.stride(2), kv_first, part.keys);
+    cp_async_commit();
+    cp_async_wait<0>();
     __syncthreads();  // the tiles are full: reads may start
 
     const bool masked = !sight.covers(kv_first, KV);
@@ -277,7 +312,7 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
         pair_smem[q_row * Cut::PAIR_STRIDE + lane + key * LANES] = ds;
       }
     }
-    __syncwarp();  // the rows of pair_smem that this half warp reads are those that it wrote
+    __syncwarp();  // the rows of pair_smem that a group reads are those that it wrote
 
     if (masked) {
       add_to_queries<HEAD_DIM, true>(dq_reg, pair_smem, k_smem, group, lane);

@@ -1,7 +1,7 @@
 // Step 2.04's kernel: a block owns BLOCK_Q queries of a part and walks over the tiles of keys that some of them see.
 // Grid       one block for every BLOCK_Q queries of every part; the last tiles, longest when causal, first
 // Block      WARPS warps of GROUPS groups
-// Shared     q_smem [BLOCK_Q, D], k_smem [KV, D], v_smem [KV, D], p_smem [BLOCK_Q, KV]
+// Shared     q_smem [D, BLOCK_Q], p_smem [BLOCK_Q, KV], and two chunks of K, [KV, CHUNK_DIMS], or of V, [CHUNK_KEYS, D]
 #pragma once
 
 #include "solutions/hidden/fp32_forward_tile.cuh"
@@ -21,8 +21,8 @@ template <int HEAD_DIM, typename Rules>
 __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS)
     flash_forward_kernel(const Tensors tensors, const Rules rules) {
   using Cut = Tiling<HEAD_DIM>;
-  constexpr int LANES = Cut::LANES, BLOCK_Q = Cut::BLOCK_Q;
-  constexpr int KEYS = Cut::KEYS, DIMS = Cut::DIMS, VECTOR = Cut::VECTOR;
+  constexpr int LANES = Cut::LANES, BLOCK_Q = Cut::BLOCK_Q, KV = Cut::KV;
+  constexpr int DIMS = Cut::DIMS, VECTOR = Cut::VECTOR, CHUNKS = Cut::CHUNKS;
 
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32 / Cut::GROUPS;  // in the group
@@ -36,12 +36,12 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS)
   const float* k_head = &tensors.key(part.batch, part.kv_head, part.k_first, 0);
   const float* v_head = &tensors.value(part.batch, part.kv_head, part.k_first, 0);
 
-  float* q_smem = dynamic_shared<float>();                      // [BLOCK_Q, HEAD_DIM], a gap after every ROWS rows
-  float* k_smem = q_smem + WARPS * Cut::GROUPS * Cut::Q_GROUP;  // [KV, HEAD_DIM], places by k_place()
-  float* v_smem = k_smem + KV * HEAD_DIM;                       // [KV, HEAD_DIM]
-  float* p_smem = v_smem + KV * HEAD_DIM;                       // [BLOCK_Q, KV], a gap after every ROWS rows
-  const float* q_rows = q_smem + group * Cut::Q_GROUP;          // [ROWS, HEAD_DIM], this group's
-  float* p_rows = p_smem + group * Cut::P_GROUP;                // [ROWS, KV], this group's
+  float* q_smem = dynamic_shared<float>();                         // [HEAD_DIM, BLOCK_Q]: transposed
+  float* p_smem = q_smem + HEAD_DIM * BLOCK_Q;                     // [BLOCK_Q, KV], a gap after every ROWS rows
+  float* full_smem = p_smem + WARPS * Cut::GROUPS * Cut::P_GROUP;  // the chunk of K or V that is being used,
+  float* next_smem = full_smem + Cut::CHUNK;                       // and the one that is on its way
+  const float* q_rows = q_smem + group * ROWS;                     // [HEAD_DIM, ROWS], this group's
+  float* p_rows = p_smem + group * Cut::P_GROUP;                   // [ROWS, KV], this group's
 
   float o_reg[ROWS][DIMS] = {};  // [rows of this thread, its channels]
   float row_max[ROWS];           // of scores times log2(e)
@@ -55,22 +55,42 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS)
 
   const int kv_begin = block_sight.some.begin / KV * KV;
   const int kv_end = block_sight.some.end;
+  // The chunks come one after the other: of each tile those of K, then those of V.
+  const auto load_k = [&](float* smem, int kv_first, int chunk) {
+    load_async<HEAD_DIM, true>(smem, k_head + chunk * Cut::CHUNK_DIMS, tensors.key.stride(2), kv_first, kv_end);
+  };
+  const auto load_v = [&](float* smem, int kv_first, int chunk) {
+    load_async<HEAD_DIM, false>(smem, v_head, tensors.value.stride(2), kv_first + chunk * Cut::CHUNK_KEYS, kv_end);
+  };
+  // The next chunk is there, and everybody has finished with the one before.
+  const auto advance = [&] {
+    cp_async_wait<0>();
+    __syncthreads();
+    float* const finished = full_smem;
+    full_smem = next_smem;
+    next_smem = finished;
+  };
+
   if (kv_begin < kv_end) {  // otherwise nobody would wait for this copy
-    load_async<HEAD_DIM, true>(k_smem, k_head, tensors.key.stride(2), kv_begin, part.keys);
+    load_k(next_smem, kv_begin, 0);
     load_q<HEAD_DIM>(q_smem, q_head, tensors.query.stride(2), q_first, part.queries, rules.scale * LOG2_E);
   }
   for (int kv_first = kv_begin; kv_first < kv_end; kv_first += KV) {
-    cp_async_wait<0>();
-    __syncthreads();  // q_smem and k_smem are full; everybody has finished with v_smem
-    load_async<HEAD_DIM, false>(v_smem, v_head, tensors.value.stride(2), kv_first, part.keys);
-
     float s_reg[ROWS][KEYS] = {};  // scores times log2(e)
-    if (warp_sight.touches(kv_first, KV)) multiply_keys<HEAD_DIM>(s_reg, q_rows, k_smem, lane);
-
-    cp_async_wait<0>();
-    __syncthreads();  // v_smem is full; everybody has finished with k_smem
-    if (kv_first + KV < kv_end) {
-      load_async<HEAD_DIM, true>(k_smem, k_head, tensors.key.stride(2), kv_first + KV, part.keys);
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      advance();
+      if (chunk + 1 < CHUNKS) {
+        load_k(next_smem, kv_first, chunk + 1);
+      } else {
+        load_v(next_smem, kv_first, 0);
+      }
+      const float* q_columns = q_rows + chunk * Cut::CHUNK_DIMS * BLOCK_Q;
+      if (warp_sight.touches(kv_first + KV / 2, KV / 2)) {
+        multiply_keys<HEAD_DIM, KEYS>(s_reg, q_columns, full_smem, lane);
+      } else if (warp_sight.touches(kv_first, KV / 2)) {
+        multiply_keys<HEAD_DIM, KEYS / 2>(s_reg, q_columns, full_smem, lane);
+      }
     }
 
     if constexpr (Rules::CAPS) {
@@ -80,9 +100,7 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS)
         for (int key = 0; key < KEYS; ++key) s_reg[row][key] = LOG2_E * rules.cap(LN_2 * s_reg[row][key]);
       }
     }
-    // Does every query of the block see every key of the tile? Then nothing has to be forbidden.
-    const bool masked = !block_sight.covers(kv_first, KV);
-    if (masked) {
+    if (!block_sight.covers(kv_first, KV)) {
 #pragma unroll
       for (int row = 0; row < ROWS; ++row) {
         const KeyRange seen = rules.sees(part, first_row + row);
@@ -118,10 +136,21 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS)
     }
     __syncwarp();  // the rows of p_smem that a group reads are those that it wrote
 
-    if (masked) {
-      add_values<HEAD_DIM, true>(o_reg, p_rows, v_smem, lane, min(KV, warp_sight.some.end - kv_first));
-    } else {
-      add_values<HEAD_DIM, false>(o_reg, p_rows, v_smem, lane, KV);
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      advance();
+      if (chunk + 1 < CHUNKS) {
+        load_v(next_smem, kv_first, chunk + 1);
+      } else if (kv_first + KV < kv_end) {
+        load_k(next_smem, kv_first + KV, 0);
+      }
+      const int first = chunk * Cut::CHUNK_KEYS;  // in the tile
+      if (block_sight.covers(kv_first + first, Cut::CHUNK_KEYS)) {
+        add_values<HEAD_DIM, false>(o_reg, p_rows + first, full_smem, lane, Cut::CHUNK_KEYS);
+      } else {
+        add_values<HEAD_DIM, true>(o_reg, p_rows + first, full_smem, lane,
+                                   min(Cut::CHUNK_KEYS, warp_sight.some.end - kv_first - first));
+      }
     }
   }
 

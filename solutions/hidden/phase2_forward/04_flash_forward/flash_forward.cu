@@ -2,13 +2,13 @@
 //
 // New here   The loop of step 03, with a block of threads for a tile of queries: K and V tiles lie in shared memory for
 //            all of them, and each thread computes ROWS x KEYS scores and ROWS x DIMS outputs, so that a number that
-//            was loaded from shared memory is multiplied several times. K and V come by cp.async, each while the other
-//            is being used.
+//            was loaded from shared memory is multiplied several times. K and V come in chunks by cp.async, each while
+//            the one before is being used.
 // Who owns   A group, LANES threads of a warp, owns ROWS rows: of S each of its threads has KEYS columns, of O each has
 //            DIMS. Their maxima and sums meet by shuffles.
 // Grid       one block for every BLOCK_Q queries of a head; the last tiles, longest when causal, first
 // Block      WARPS warps of GROUPS groups
-// Shared     q_smem [BLOCK_Q, D], k_smem [KV, D], v_smem [KV, D], p_smem [BLOCK_Q, KV]
+// Shared     q_smem [D, BLOCK_Q], p_smem [BLOCK_Q, KV], and two chunks of K, [KV, CHUNK_DIMS], or of V, [CHUNK_KEYS, D]
 // Tiles      how a tile is loaded, masked and multiplied: fp32_forward_tile.cuh
 // Try        ./kata test 2.04    ./kata profile 2.04
 #include "flash_forward.hpp"
@@ -31,8 +31,8 @@ struct Arguments {
 template <int HEAD_DIM>
 __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS) flash_forward_kernel(const Arguments args) {
   using Cut = Tiling<HEAD_DIM>;
-  constexpr int LANES = Cut::LANES, BLOCK_Q = Cut::BLOCK_Q;
-  constexpr int KEYS = Cut::KEYS, DIMS = Cut::DIMS, VECTOR = Cut::VECTOR;
+  constexpr int LANES = Cut::LANES, BLOCK_Q = Cut::BLOCK_Q, KV = Cut::KV;
+  constexpr int DIMS = Cut::DIMS, VECTOR = Cut::VECTOR, CHUNKS = Cut::CHUNKS;
 
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32 / Cut::GROUPS;  // in the group
@@ -45,12 +45,12 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS) flash_forwa
   const float* k_head = &args.key(head / heads, head % heads, 0, 0);
   const float* v_head = &args.value(head / heads, head % heads, 0, 0);
 
-  float* q_smem = dynamic_shared<float>();                      // [BLOCK_Q, HEAD_DIM], a gap after every ROWS rows
-  float* k_smem = q_smem + WARPS * Cut::GROUPS * Cut::Q_GROUP;  // [KV, HEAD_DIM], places by k_place()
-  float* v_smem = k_smem + KV * HEAD_DIM;                       // [KV, HEAD_DIM]
-  float* p_smem = v_smem + KV * HEAD_DIM;                       // [BLOCK_Q, KV], a gap after every ROWS rows
-  const float* q_rows = q_smem + group * Cut::Q_GROUP;          // [ROWS, HEAD_DIM], this group's
-  float* p_rows = p_smem + group * Cut::P_GROUP;                // [ROWS, KV], this group's
+  float* q_smem = dynamic_shared<float>();                         // [HEAD_DIM, BLOCK_Q]: transposed
+  float* p_smem = q_smem + HEAD_DIM * BLOCK_Q;                     // [BLOCK_Q, KV], a gap after every ROWS rows
+  float* full_smem = p_smem + WARPS * Cut::GROUPS * Cut::P_GROUP;  // the chunk of K or V that is being used,
+  float* next_smem = full_smem + Cut::CHUNK;                       // and the one that is on its way
+  const float* q_rows = q_smem + group * ROWS;                     // [HEAD_DIM, ROWS], this group's
+  float* p_rows = p_smem + group * Cut::P_GROUP;                   // [ROWS, KV], this group's
 
   float o_reg[ROWS][DIMS] = {};  // [rows of this thread, its channels]
   float row_max[ROWS];           // of scores times log2(e)
@@ -60,29 +60,48 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS) flash_forwa
   // How many keys do the block's last query, the warp's last and the thread's first one see?
   const int keys_seen = min(args.keys, q_first + BLOCK_Q + args.diagonal);
   const int warp_sees = min(args.keys, q_first + (warp + 1) * Cut::GROUPS * ROWS + args.diagonal);
+  const int all_see = min(args.keys, q_first + args.diagonal + 1);  // every query of the block sees the keys before
   const int first_sees = q_first + group * ROWS + args.diagonal + 1;
 
+  // The chunks come one after the other: of each tile those of K, then those of V.
+  const auto load_k = [&](float* smem, int kv_first, int chunk) {
+    load_async<HEAD_DIM, true>(smem, k_head + chunk * Cut::CHUNK_DIMS, args.key.stride(2), kv_first, keys_seen);
+  };
+  const auto load_v = [&](float* smem, int kv_first, int chunk) {
+    load_async<HEAD_DIM, false>(smem, v_head, args.value.stride(2), kv_first + chunk * Cut::CHUNK_KEYS, keys_seen);
+  };
+  // The next chunk is there, and everybody has finished with the one before.
+  const auto advance = [&] {
+    cp_async_wait<0>();
+    __syncthreads();
+    float* const finished = full_smem;
+    full_smem = next_smem;
+    next_smem = finished;
+  };
+
   if (keys_seen > 0) {  // otherwise nobody would wait for this copy
-    load_async<HEAD_DIM, true>(k_smem, k_head, args.key.stride(2), 0, args.keys);
+    load_k(next_smem, 0, 0);
     load_q<HEAD_DIM>(q_smem, q_head, args.query.stride(2), q_first, args.queries, args.scale_log2);
   }
   for (int kv_first = 0; kv_first < keys_seen; kv_first += KV) {
-    cp_async_wait<0>();
-    __syncthreads();  // q_smem and k_smem are full; everybody has finished with v_smem
-    load_async<HEAD_DIM, false>(v_smem, v_head, args.value.stride(2), kv_first, args.keys);
-
     float s_reg[ROWS][KEYS] = {};  // scores times log2(e)
-    if (warp_sees > kv_first) multiply_keys<HEAD_DIM>(s_reg, q_rows, k_smem, lane);
-
-    cp_async_wait<0>();
-    __syncthreads();  // v_smem is full; everybody has finished with k_smem
-    if (kv_first + KV < keys_seen) {
-      load_async<HEAD_DIM, true>(k_smem, k_head, args.key.stride(2), kv_first + KV, args.keys);
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      advance();
+      if (chunk + 1 < CHUNKS) {
+        load_k(next_smem, kv_first, chunk + 1);
+      } else {
+        load_v(next_smem, kv_first, 0);
+      }
+      const float* q_columns = q_rows + chunk * Cut::CHUNK_DIMS * BLOCK_Q;
+      if (warp_sees > kv_first + KV / 2) {
+        multiply_keys<HEAD_DIM, KEYS>(s_reg, q_columns, full_smem, lane);
+      } else if (warp_sees > kv_first) {
+        multiply_keys<HEAD_DIM, KEYS / 2>(s_reg, q_columns, full_smem, lane);
+      }
     }
 
-    // Does every query of the block see every key of the tile? Then nothing has to be forbidden.
-    const bool masked = kv_first + KV > min(args.keys, q_first + args.diagonal + 1);
-    if (masked) {
+    if (kv_first + KV > all_see) {
 #pragma unroll
       for (int row = 0; row < ROWS; ++row) {
         const int end = min(args.keys, first_sees + row) - kv_first;  // first forbidden key
@@ -116,10 +135,21 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS) flash_forwa
     }
     __syncwarp();  // the rows of p_smem that a group reads are those that it wrote
 
-    if (masked) {
-      add_values<HEAD_DIM, true>(o_reg, p_rows, v_smem, lane, min(KV, warp_sees - kv_first));
-    } else {
-      add_values<HEAD_DIM, false>(o_reg, p_rows, v_smem, lane, KV);
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      advance();
+      if (chunk + 1 < CHUNKS) {
+        load_v(next_smem, kv_first, chunk + 1);
+      } else if (kv_first + KV < keys_seen) {
+        load_k(next_smem, kv_first + KV, 0);
+      }
+      const int first = chunk * Cut::CHUNK_KEYS;  // in the tile
+      if (kv_first + first + Cut::CHUNK_KEYS > all_see) {
+        add_values<HEAD_DIM, true>(o_reg, p_rows + first, full_smem, lane,
+                                   min(Cut::CHUNK_KEYS, warp_sees - kv_first - first));
+      } else {
+        add_values<HEAD_DIM, false>(o_reg, p_rows + first, full_smem, lane, Cut::CHUNK_KEYS);
+      }
     }
   }
 

@@ -4,7 +4,8 @@
 //            and keeps their dK and dV in registers while the queries pass by. dQ is a sum over all such blocks: they
 //            add to it in memory, atomically, in whatever order they run. With `deterministic` a second kernel, whose
 //            blocks own queries, computes S and dP once more and adds in its own order: seven products for five.
-// Who owns   16 threads side by side (a half warp, `group`) own rows together: of S and dP each of them has
+//            The next tile of Q and of dO comes by cp.async as soon as everybody has finished with this one.
+// Who owns   A group, every other thread of a warp, owns rows together: of S and dP each of its threads has
 //            ROWS x KEYS elements, of dQ ROWS x DIMS, of dK and dV OWNED x DIMS.
 // Grid       delta_kernel: D / 4 threads for each query. keys_kernel: a block for every KV keys of a head; when causal
 //            the first see the most queries. queries_kernel: a block for every BLOCK_Q queries, the last first
@@ -66,8 +67,8 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   constexpr int GROUPS = Cut::GROUPS, BLOCK_Q = Cut::BLOCK_Q, KV = Cut::KV;
   constexpr int ROWS = Cut::ROWS, KEYS = Cut::KEYS, OWNED = Cut::OWNED, DIMS = Cut::DIMS, VECTOR = Cut::VECTOR;
 
-  const int lane = static_cast<int>(threadIdx.x) % LANES;
-  const int group = static_cast<int>(threadIdx.x) / LANES;
+  const int lane = lane_of_thread();
+  const int group = group_of_thread();
   const int kv_tiles = (args.keys + KV - 1) / KV;
   const int kv_first = static_cast<int>(blockIdx.x) % kv_tiles * KV;
   const Index head = static_cast<Index>(blockIdx.x) / kv_tiles;  // over batch items and heads
@@ -86,21 +87,35 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   float dk_reg[OWNED][DIMS] = {};  // [keys of this thread, its channels]
   float dv_reg[OWNED][DIMS] = {};
 
-  load_tile<HEAD_DIM, KV>(k_smem, &args.key(b, h, 0, 0), args.key.stride(2), kv_first, args.keys);
-  load_tile<HEAD_DIM, KV>(v_smem, &args.value(b, h, 0, 0), args.value.stride(2), kv_first, args.keys);
+  const float* q_head = &args.query(b, h, 0, 0);
+  const float* do_head = &args.d_output(b, h, 0, 0);
+  // A query that does not exist gives nothing, whatever its weights: its rows of Q and dO are 0, and so is its delta.
+  const auto load_queries = [&](int q_first) {
+    load_async<HEAD_DIM, BLOCK_Q>(q_smem, q_head, args.query.stride(2), q_first, args.queries);
+    if (threadIdx.x < BLOCK_Q) {
+      const int row = static_cast<int>(threadIdx.x);
+      const bool exists = q_first + row < args.queries;
+      cp_async_4(lse_smem + row, &args.lse(b, h, exists ? q_first + row : 0), exists);
+      cp_async_4(delta_smem + row, &args.delta(b, h, exists ? q_first + row : 0), exists);
+    }
+  };
+  const auto load_d_output = [&](int q_first) {
+    load_async<HEAD_DIM, BLOCK_Q>(do_smem, do_head, args.d_output.stride(2), q_first, args.queries);
+  };
 
   // The first query that sees the first key of the block lies in the first tile worth visiting.
-  for (int q_first = max(0, kv_first - args.diagonal) / BLOCK_Q * BLOCK_Q; q_first < args.queries; q_first += BLOCK_Q) {
-    __syncthreads();  // everybody has finished with q_smem, do_smem and the dS of the tile before
-    load_tile<HEAD_DIM, BLOCK_Q>(q_smem, &args.query(b, h, 0, 0), args.query.stride(2), q_first, args.queries);
-    load_tile<HEAD_DIM, BLOCK_Q>(do_smem, &args.d_output(b, h, 0, 0), args.d_output.stride(2), q_first, args.queries);
-    for (int row = static_cast<int>(threadIdx.x); row < BLOCK_Q; row += Cut::THREADS) {
-      // A query that sees nothing has an lse of -inf, one behind the last has none: with +inf their weights are 0.
-      const float lse = q_first + row < args.queries ? args.lse(b, h, q_first + row) : INFINITE;
-      lse_smem[row] = lse == -INFINITE ? INFINITE : lse;
-      delta_smem[row] = q_first + row < args.queries ? args.delta(b, h, q_first + row) : 0.0f;
-    }
-    __syncthreads();  // the tiles are full: reads may start
+  const int q_begin = max(0, kv_first - args.diagonal) / BLOCK_Q * BLOCK_Q;
+  if (q_begin < args.queries) {  // otherwise nobody would wait for these copies
+    load_async<HEAD_DIM, KV>(k_smem, &args.key(b, h, 0, 0), args.key.stride(2), kv_first, args.keys);
+    load_async<HEAD_DIM, KV>(v_smem, &args.value(b, h, 0, 0), args.value.stride(2), kv_first, args.keys);
+    load_queries(q_begin);
+    load_d_output(q_begin);
+    cp_async_commit();
+  }
+  for (int q_first = q_begin; q_first < args.queries; q_first += BLOCK_Q) {
+    const int q_next = q_first + BLOCK_Q;
+    cp_async_wait<0>();
+    __syncthreads();  // the tiles are full; everybody has finished with the dS of the tile before
 
     // Does every query of the tile see every key of the block? Then nothing has to be forbidden.
     const bool masked = kv_first + KV > min(args.keys, q_first + args.diagonal + 1);
@@ -112,7 +127,8 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
     for (int row = 0; row < ROWS; ++row) {
       const int q_row = group + row * GROUPS;
       const int end = min(args.keys, q_first + q_row + args.diagonal + 1) - kv_first;  // first forbidden key
-      const float lse = lse_smem[q_row];
+      // A query that sees nothing has an lse of -inf: with +inf its weights are 0.
+      const float lse = lse_smem[q_row] == -INFINITE ? INFINITE : lse_smem[q_row];
 #pragma unroll
       for (int key = 0; key < KEYS; ++key) {
         p_reg[row][key] = __expf(fmaf(p_reg[row][key], args.scale, -lse));
@@ -131,7 +147,8 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
     // dS = P (dO V^T - delta)
     float ds_reg[ROWS][KEYS];
     multiply<HEAD_DIM>(ds_reg, do_smem, v_smem, group, lane);
-    __syncthreads();  // everybody has finished with P
+    __syncthreads();  // everybody has finished with P and with do_smem
+    if (q_next < args.queries) load_d_output(q_next);
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
       const int q_row = group + row * GROUPS;
@@ -150,6 +167,9 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
     } else {
       add_to_keys<HEAD_DIM, false>(dk_reg, pair_smem, q_smem, group, lane);
     }
+    __syncthreads();  // everybody has finished with q_smem
+    if (q_next < args.queries) load_queries(q_next);
+    cp_async_commit();
     if (args.deterministic) continue;
 
     float dq_reg[ROWS][DIMS] = {};  // [queries of this thread, its channels]
@@ -194,8 +214,8 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   constexpr int GROUPS = Cut::GROUPS, BLOCK_Q = Cut::BLOCK_Q, KV = Cut::KV;
   constexpr int ROWS = Cut::ROWS, KEYS = Cut::KEYS, DIMS = Cut::DIMS;
 
-  const int lane = static_cast<int>(threadIdx.x) % LANES;
-  const int group = static_cast<int>(threadIdx.x) / LANES;
+  const int lane = lane_of_thread();
+  const int group = group_of_thread();
   const int q_tiles = (args.queries + BLOCK_Q - 1) / BLOCK_Q;
   const int q_first = (q_tiles - 1 - static_cast<int>(blockIdx.x) % q_tiles) * BLOCK_Q;
   const Index head = static_cast<Index>(blockIdx.x) / q_tiles;  // over batch items and heads
@@ -221,13 +241,16 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   }
 
   const int keys_seen = min(args.keys, q_first + BLOCK_Q + args.diagonal);  // by the last query of the block
-  load_tile<HEAD_DIM, BLOCK_Q>(q_smem, &args.query(b, h, 0, 0), args.query.stride(2), q_first, args.queries);
-  load_tile<HEAD_DIM, BLOCK_Q>(do_smem, &args.d_output(b, h, 0, 0), args.d_output.stride(2), q_first, args.queries);
-
+  if (keys_seen > 0) {  // otherwise nobody would wait for these copies
+    load_async<HEAD_DIM, BLOCK_Q>(q_smem, &args.query(b, h, 0, 0), args.query.stride(2), q_first, args.queries);
+    load_async<HEAD_DIM, BLOCK_Q>(do_smem, &args.d_output(b, h, 0, 0), args.d_output.stride(2), q_first, args.queries);
+  }
   for (int kv_first = 0; kv_first < keys_seen; kv_first += KV) {
     __syncthreads();  // everybody has finished with k_smem, v_smem and pair_smem of the tile before
-    load_tile<HEAD_DIM, KV>(k_smem, &args.key(b, h, 0, 0), args.key.stride(2), kv_first, args.keys);
-    load_tile<HEAD_DIM, KV>(v_smem, &args.value(b, h, 0, 0), args.value.stride(2), kv_first, args.keys);
+    load_async<HEAD_DIM, KV>(k_smem, &args.key(b, h, 0, 0), args.key.stride(2), kv_first, args.keys);
+    load_async<HEAD_DIM, KV>(v_smem, &args.value(b, h, 0, 0), args.value.stride(2), kv_first, args.keys);
+    cp_async_commit();
+    cp_async_wait<0>();
     __syncthreads();  // the tiles are full: reads may start
 
     const bool masked = kv_first + KV > min(args.keys, q_first + args.diagonal + 1);
@@ -246,7 +269,7 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
         pair_smem[q_row * Cut::PAIR_STRIDE + lane + key * LANES] = ds;
       }
     }
-    __syncwarp();  // the rows of pair_smem that this half warp reads are those that it wrote
+    __syncwarp();  // the rows of pair_smem that a group reads are those that it wrote
 
     if (masked) {
       add_to_queries<HEAD_DIM, true>(dq_reg, pair_smem, k_smem, group, lane);
