@@ -19,7 +19,7 @@ class CommunicationError : public std::runtime_error {
 /// An exchange that is under way. Until wait() has returned, what is being sent must not change, what is being received
 /// must not be looked at, and the memory of both must stay where it is. The destructor waits too, where nobody has; but
 /// not if it is an exception that destroys it.
-class [[nodiscard]] Transfer {
+class Transfer {
  public:
   Transfer() = default;
   /// For back ends: `finish` waits, `abandon` is called in its place on the way out of an exception.
@@ -55,8 +55,8 @@ class Communicator {
   /// One step around the ring, begun and not waited for: `outgoing` goes to rank() + 1, `incoming` comes from
   /// rank() - 1, both modulo size(). They must not overlap. Of several exchanges under way at once, the first that a
   /// rank has begun meets the first that its neighbour has begun.
-  Transfer shift(std::span<const std::byte> outgoing, std::span<std::byte> incoming);
-  Transfer shift(std::span<const float> outgoing, std::span<float> incoming) {
+  [[nodiscard]] Transfer shift(std::span<const std::byte> outgoing, std::span<std::byte> incoming);
+  [[nodiscard]] Transfer shift(std::span<const float> outgoing, std::span<float> incoming) {
     return shift(std::as_bytes(outgoing), std::as_writable_bytes(incoming));
   }
 

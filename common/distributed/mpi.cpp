@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <vector>
 
 namespace flashkata {
 namespace {
@@ -16,6 +17,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int RING_TAG = 1;
+constexpr int CALL_TAG = 2;
 
 std::string text_of(int error) {
   std::array<char, MPI_MAX_ERROR_STRING> text{};
@@ -165,19 +167,43 @@ class MpiCommunicator : public Communicator {
     wait_for(request, status, [&](int) { return what + ": waiting for the other ranks"; });
   }
 
-  // Collective calls of different kinds or sizes would hang, or write where they should not. So the ranks compare
-  // first, which costs one small message around.
+  // Collective calls of different kinds or sizes would hang, or write where they should not. So every rank first tells
+  // every other what it is about to do, in a small message each; and who waits knows for whom.
   void agree(const std::string& what, std::int64_t kind, std::size_t size) {
-    const auto elements = static_cast<std::int64_t>(size);
-    const std::array<std::int64_t, 4> mine{kind, -kind, elements, -elements};
-    std::array<std::int64_t, 4> largest{};
-    MPI_Request request = MPI_REQUEST_NULL;
-    check(MPI_Iallreduce(mine.data(), largest.data(), 4, MPI_INT64_T, MPI_MAX, group_, &request), what);
-    wait_for_all(request, what);
-    if (largest[0] != -largest[1]) fail(what + ": another rank makes another call");
-    if (largest[2] != -largest[3]) {
-      fail(what + ": sizes differ: this rank brought " + std::to_string(elements) + ", the least is " +
-           std::to_string(-largest[3]) + ", the most " + std::to_string(largest[2]));
+    struct Call {
+      std::int64_t kind, elements;
+    };
+    const Call mine{kind, static_cast<std::int64_t>(size)};
+    const auto ranks = static_cast<std::size_t>(size_);
+    std::vector<Call> calls(ranks);
+    std::vector<MPI_Request> arriving(ranks, MPI_REQUEST_NULL), leaving(ranks, MPI_REQUEST_NULL);
+    for (int other = 0; other < size_; ++other) {
+      const auto r = static_cast<std::size_t>(other);
+      if (other == rank_) continue;
+      check(MPI_Irecv(&calls[r], 2, MPI_INT64_T, other, CALL_TAG, group_, &arriving[r]), what);
+      check(MPI_Isend(&mine, 2, MPI_INT64_T, other, CALL_TAG, group_, &leaving[r]), what);
+    }
+    try {
+      MPI_Status status{};
+      for (int other = 0; other < size_; ++other) {
+        const auto waiting = [&](int) { return what + ": waiting for rank " + std::to_string(other); };
+        wait_for(arriving[static_cast<std::size_t>(other)], status, waiting);
+        wait_for(leaving[static_cast<std::size_t>(other)], status, waiting);
+      }
+    } catch (const CommunicationError&) {  // the memory goes, so nothing may arrive any more
+      for (MPI_Request& request : arriving) {
+        if (request != MPI_REQUEST_NULL) MPI_Cancel(&request);
+      }
+      throw;
+    }
+    for (int other = 0; other < size_; ++other) {
+      const Call& call = calls[static_cast<std::size_t>(other)];
+      if (other == rank_) continue;
+      if (call.kind != mine.kind) fail(what + ": rank " + std::to_string(other) + " makes another call");
+      if (call.elements != mine.elements) {
+        fail(what + ": sizes differ: this rank brought " + std::to_string(mine.elements) + ", rank " +
+             std::to_string(other) + " " + std::to_string(call.elements));
+      }
     }
   }
 

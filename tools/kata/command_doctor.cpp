@@ -78,6 +78,8 @@ constexpr Header HEADERS[] = {
      "kernels on the virtual GPU: apt-get install libboost-context-dev"},
     {"Google Benchmark", "__has_include(<benchmark/benchmark.h>)",
      "./kata bench: CMake fetches it (needs a network once): libbenchmark-dev"},
+    {"NCCL", "__has_include(<nccl.h>)",
+     "step 4.08 on several GPUs: apt-get install libnccl-dev, or NCCL_ROOT=... when you configure"},
 };
 
 // One run of the preprocessor answers for all of them, wherever this compiler looks.
