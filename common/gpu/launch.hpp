@@ -39,6 +39,14 @@ inline std::string kernel_name(const void* kernel) {
   const bool known = cudaFuncGetName(&mangled, kernel) == cudaSuccess && mangled != nullptr;
   return known ? mangled : "a kernel";
 }
+
+/// "a block on this GPU has at most 101376"
+inline std::string most_shared_bytes() {
+  int gpu = 0, bytes = 0;
+  const bool known = cudaGetDevice(&gpu) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu) == cudaSuccess;
+  return "a block on this GPU has at most " + (known ? std::to_string(bytes) : "an unknown number");
+}
 #endif
 }  // namespace gpu_detail
 
@@ -156,7 +164,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
   if (shared_bytes > UNASKED_BYTES) {
     const auto error =
         cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) gpu_detail::check(error, doing() + " with " + std::to_string(shared_bytes) + " bytes");
+    if (error != cudaSuccess) {
+      gpu_detail::check(error, doing() + " with " + std::to_string(shared_bytes) + " bytes of dynamic shared memory (" +
+                                   gpu_detail::most_shared_bytes() + ")");
+    }
   }
   const cudaError_t error = std::apply(
       [&](auto&... value) {
