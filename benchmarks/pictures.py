@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Draws what ./kata bench has measured: speed against length, the roofline, and ratios to the peers.
+"""Draws what ./kata bench has measured: speed against length, ratios to the peers, the roofline, what grouping saves.
 
-    python3 benchmarks/pictures.py RESULTS.csv FOLDER        writes FOLDER/<step>_<direction>_{speed,roofline,ratio}.svg
+    python3 benchmarks/pictures.py RESULTS.csv... FOLDER     writes FOLDER/<step>_<direction>_{speed,ratio}.svg,
+                                                             FOLDER/roofline_<type>.svg, FOLDER/grouped_savings.svg
 
 Needs nothing but Python.
 """
@@ -11,10 +12,11 @@ import math
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 INK, GREY, GRID = "#333", "#777", "#e4e4e4"
 OURS = "#c0392b"
-PEERS = {"cuDNN": "#2c7fb8", "FA2": "#3f8f4f", "mem-eff": "#c98a1b", "CPU flash": "#2c7fb8", "PyTorch": "#2c7fb8", "math": "#999"}
+PEERS = {"separate": "#2c7fb8", "cuDNN": "#2c7fb8", "FA2": "#3f8f4f", "mem-eff": "#c98a1b", "CPU flash": "#2c7fb8", "PyTorch": "#2c7fb8", "math": "#999"}
 
 
 class Picture:
@@ -89,16 +91,48 @@ def nice_ticks(largest, count=5):
     return [step * i for i in range(int(largest / step) + 2)]
 
 
-def read(path):
-    """{(step, type, direction, device, threads): {(width, causal): {who: {length: row}}}}"""
+class Panel(NamedTuple):
+    """One of the small plots of a figure, in the order in which they stand there."""
+
+    what: str
+    causal: bool
+    width: int
+    heads: str
+    batch: int
+    label: str
+
+
+def panel_of(row):
+    shared = f"{row['heads']}/{row['kv_heads']}"
+    if row["direction"] == "decode":
+        label, key = f"{shared} heads, batch {row['batch']}", (False, 128, shared.rjust(6), int(row["batch"]))
+    elif row["what"].endswith(("chunks", "on all")):
+        label, key = f"{shared} heads", (row["causal"] == "1", 128, shared, 0)
+    else:
+        causal, width = row["causal"] == "1", int(row["width"])
+        label, key = f"D = {width}, {'causal' if causal else 'full'}", (causal, width, "", 0)
+    return Panel(row["what"], *key, ", ".join(filter(None, (row["what"], label))))
+
+
+def rate(row):
+    """TFLOP/s; of decoding TB/s."""
+    return float(row["gb"]) / float(row["ms"]) if row["direction"] == "decode" else float(row["tflops"])
+
+
+def read(paths):
+    """{(step, type, direction, device, threads): {panel: {who: {length: row}}}}"""
     figures = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if row["status"] != "ok":
-                continue
-            figure = (row["step"], row["type"], row["direction"], row["device"], row["threads"])
-            figures[figure][int(row["width"]), row["causal"] == "1"][row["who"]][int(row["length"])] = row
+    for path in paths:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                if row["status"] == "ok":
+                    figure = (row["step"], row["type"], row["direction"], row["device"], row["threads"])
+                    figures[figure][panel_of(row)][row["who"]][int(row["length"])] = row
     return figures
+
+
+def rows_of(panels):
+    return [row for panel in panels.values() for rows in panel.values() for row in rows.values()]
 
 
 def caption(figure, machine):
@@ -122,59 +156,106 @@ def legend(picture, names, y):
 
 
 def speed(figure, panels, machine):
+    panels = {key: panel for key, panel in panels.items() if len(panel.get("ours", {})) > 1}
+    if not panels:
+        return None
     keys = sorted(panels)
-    columns = min(4, len(keys))
+    columns = next(n for n in (4, 3, 2, 1) if len(keys) % n == 0)
     rows = math.ceil(len(keys) / columns)
     width, height = 230, 150
-    picture = Picture(columns * (width + 60) + 20, rows * (height + 80) + 60, f"Speed against length, step {figure[0]}")
+    picture = Picture(max(560, columns * (width + 60) + 20), rows * (height + 80) + 60, f"Speed against length, step {figure[0]}")
     picture.text(20, 20, caption(figure, machine), 13, extra='font-weight="bold"')
     legend(picture, names_of(panels), 42)
+    unit = "TB/s" if figure[2] == "decode" else "TFLOP/s"
     for number, key in enumerate(keys):
         panel = panels[key]
-        points = {who: [(length, float(row["tflops"])) for length, row in rows.items()] for who, rows in panel.items()}
+        points = {who: [(length, rate(row)) for length, row in rows.items()] for who, rows in panel.items()}
         lengths = sorted({length for rows in panel.values() for length in rows})
         largest = max(y for each in points.values() for _, y in each)
         ticks = nice_ticks(largest)
         axes = Axes(picture, 55 + number % columns * (width + 60), 85 + number // columns * (height + 80), width, height,
                     (lengths[0], lengths[-1]), (0, ticks[-1]))
-        axes.frame(lengths[:: max(1, len(lengths) // 6)], ticks, "S", f"TFLOP/s, D = {key[0]}, {'causal' if key[1] else 'full'}")
+        axes.frame(lengths[:: max(1, math.ceil(len(lengths) / 6))], ticks, "S", f"{unit}, {key.label}")
         for who in reversed(names_of(panels)):
             if who in points:
                 axes.curve(points[who], OURS if who == "ours" else PEERS[who], 2.2 if who == "ours" else 1.4)
     return picture
 
 
-def roofline(figure, panels, machine):
+SHADES = ("#c0392b", "#2c7fb8", "#3f8f4f", "#c98a1b", "#7d5ba6", "#17857b", "#b5508c", "#6b6b6b", "#8a6d3b", "#1b3a6b")
+
+
+def roofline(kind, device, threads, figures, machine):
     """Operations for each byte that has to be moved against TFLOP/s; the roof from of_roofline, which is a share of it."""
-    dots, roofs = [], {}
-    forward, backward = figure[2] != "backward", figure[2] != "forward"
-    for (width, causal), panel in panels.items():
-        for length, row in panel.get("ours", {}).items():
-            pairs = length * length * (0.5 if causal else 1)
-            operations = ((2 if forward else 0) + (5 if backward else 0)) * 2 * pairs * width
-            moved = length * width * (4 if figure[1] == "float32" else 2) * ((4 if forward else 0) + (8 if backward else 0))
-            rate, share = float(row["tflops"]), float(row["of_roofline"])
-            if share > 0:
-                dots.append((operations / moved, rate, width))
-                roofs[operations / moved] = rate / share
-    if not dots:
-        return None
-    picture = Picture(560, 330, f"Roofline, step {figure[0]}")
-    picture.text(20, 20, caption(figure, machine), 13, extra='font-weight="bold"')
+    dots, roofs = defaultdict(list), {}
+    for figure, panels in sorted(figures.items()):
+        for row in rows_of(panels):
+            share = float(row["of_roofline"])
+            if row["who"] == "ours" and share > 0:
+                x, y = float(row["tflops"]) * float(row["ms"]) / float(row["gb"]), float(row["tflops"])
+                dots[f"{figure[0]} {figure[2]}"].append((x, y))
+                roofs[x] = y / share
+    picture = Picture(760, 400, f"Roofline, {kind}")
+    where = "" if device == "gpu" else ", one thread" if threads == "1" else ", all threads"
+    picture.text(20, 20, f"roofline, {kind}{where}; {machine}", 13, extra='font-weight="bold"')
     low, high = min(roofs) / 1.5, max(roofs) * 1.5
-    top = 10 ** math.ceil(math.log10(max(roofs.values())))
-    bottom = 10 ** math.floor(math.log10(min(rate for _, rate, _ in dots)))
-    axes = Axes(picture, 60, 55, 470, 220, (low, high), (bottom, top), log_y=True)
-    decades = range(round(math.log10(bottom)), round(math.log10(top)) + 1)
-    axes.frame([2**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)][::2],
-               [10.0**k for k in decades], "operations for each byte that has to be moved", "TFLOP/s")
-    picture.line([(axes.x(x), axes.y(y)) for x, y in sorted(roofs.items())], INK, 1.6)
-    shades = {16: "#f2b56b", 32: "#e08e79", 64: "#c0392b", 128: "#7b241c"}
-    for x, y, width in dots:
-        picture.dot(axes.x(x), axes.y(y), shades.get(width, OURS), 3.2)
-    for number, width in enumerate(sorted({width for _, _, width in dots})):
-        picture.dot(470, 190 + 16 * number, shades.get(width, OURS), 3.2)
-        picture.text(480, 194 + 16 * number, f"D = {width}")
+    peak = max(roofs.values())
+    slope = min(roofs[x] / x for x in roofs) if min(roofs.values()) == peak else max(roofs[x] / x for x in roofs)
+    top = 10 ** math.ceil(math.log10(peak))
+    bottom = 10 ** math.floor(math.log10(min(y for each in dots.values() for _, y in each)))
+    axes = Axes(picture, 60, 60, 510, 280, (low, high), (bottom, top), log_y=True)
+    ticks = [2**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    decades = round(math.log10(top / bottom))
+    rates = [bottom * 10**k * part for k in range(decades + 1) for part in ((1, 2, 5) if decades < 3 else (1,))]
+    axes.frame(ticks[:: math.ceil(len(ticks) / 8)], [y for y in rates if y <= top],
+               "operations for each byte that has to be moved", "TFLOP/s")
+    ridge = peak / slope
+    roof = [(low, max(bottom, slope * low)), (ridge, peak), (high, peak)] if ridge > low else [(low, peak), (high, peak)]
+    picture.line([(axes.x(x), axes.y(y)) for x, y in roof], INK, 1.6)
+    for number, (name, points) in enumerate(dots.items()):
+        colour = SHADES[number % len(SHADES)]
+        for x, y in points:
+            picture.dot(axes.x(x), axes.y(y), colour, 2.8)
+        picture.dot(592, 74 + 17 * number, colour, 3.4)
+        picture.text(602, 78 + 17 * number, name)
+    return picture
+
+
+def savings(figures, machine):
+    """Step 4.05: a call for each group beside one call for all of them, in time and in bytes."""
+    curves = defaultdict(lambda: defaultdict(list))  # {direction: {name: [(length, ratio)]}}
+    for (step, _, direction, _, _), panels in figures.items():
+        for key, panel in panels.items():
+            for length, ours in panel.get("ours", {}).items():
+                other = panel.get("separate", {}).get(length)
+                if step != "4.05" or other is None or not key.heads:
+                    continue
+                name = f"{key.what}, {key.heads}"
+                curves[f"time, {direction}"][name].append((length, float(other["ms"]) / float(ours["ms"])))
+                curves["bytes, by formula"][name].append((length, float(other["gb"]) / float(ours["gb"])))
+    if not curves:
+        return None
+    names = sorted({name for each in curves.values() for name in each})
+    colours = {name: SHADES[number] for number, name in enumerate(names)}
+    width, height = 230, 190
+    picture = Picture(3 * (width + 60) + 20, height + 200, "What grouping saves")
+    picture.text(20, 20, f"step 4.05: a call for each group over one call for all; {machine}", 13, extra='font-weight="bold"')
+    for number, title in enumerate(sorted(curves, reverse=True)):
+        points = curves[title]
+        lengths = sorted({x for each in points.values() for x, _ in each})
+        ratios = [y for each in points.values() for _, y in each]
+        low, high = math.floor(10 * min(*ratios, 1)), math.ceil(10 * max(*ratios, 1.1))
+        ticks = [tick / 10 for tick in range(low, high + 1, math.ceil((high - low) / 7))]
+        axes = Axes(picture, 55 + number * (width + 60), 60, width, height, (lengths[0], max(lengths[-1], lengths[0] + 1)),
+                    (low / 10, high / 10))
+        axes.frame(lengths, ticks, "tokens", f"separate / fused: {title}")
+        picture.line([(axes.left, axes.y(1)), (axes.left + width, axes.y(1))], GREY, 1, "4 3")
+        for name, each in points.items():
+            axes.curve(sorted(set(each)), colours[name])
+    for number, name in enumerate(names):
+        x, y = 55 + number % 4 * 200, height + 125 + number // 4 * 22
+        picture.line([(x, y - 4), (x + 18, y - 4)], colours[name], 2)
+        picture.text(x + 23, y, f"{name} heads", 11)
     return picture
 
 
@@ -187,44 +268,64 @@ def ratio_colour(ratio):
 
 
 def ratio(figure, panels, machine):
-    peers = [who for who in names_of(panels) if who not in ("ours", "math")]
-    keys = sorted(panels)
-    lengths = sorted({length for panel in panels.values() for length in panel.get("ours", {})})
-    if not peers or not lengths:
+    blocks = []  # of each peer: the panels and the lengths that it took part in
+    for who in names_of(panels):
+        common = {key: panel["ours"].keys() & panel.get(who, {}).keys() for key, panel in panels.items() if "ours" in panel}
+        if who not in ("ours", "math") and any(common.values()):
+            blocks.append((who, sorted(key for key in common if common[key]), sorted(set().union(*common.values()))))
+    if not blocks:
         return None
-    cell_w, cell_h, left = 46, 22, 110
-    block = left + cell_w * len(lengths) + 30
-    picture = Picture(max(480, block * len(peers)), 90 + cell_h * len(keys), f"Times as fast as the peers, step {figure[0]}")
-    picture.text(20, 20, caption(figure, machine), 13, extra='font-weight="bold"')
-    for number, who in enumerate(peers):
-        x0 = number * block + 10
-        picture.text(x0 + left, 44, f"times as fast as {who}", 12)
+    cell_w, cell_h = 46, 22
+    left = 20 + 6 * max(len(key.label) for _, keys, _ in blocks for key in keys)
+    block = left + max(150, cell_w * max(len(lengths) for _, _, lengths in blocks)) + 20
+    columns = max(1, min(len(blocks), 1300 // block))
+    deep = 60 + cell_h * max(len(keys) for _, keys, _ in blocks)
+    title = caption(figure, machine)
+    picture = Picture(max(8.4 * len(title) + 40, block * columns + 20), 30 + deep * math.ceil(len(blocks) / columns),
+                      f"Times as fast as the peers, step {figure[0]}")
+    picture.text(20, 20, title, 13, extra='font-weight="bold"')
+    for number, (who, keys, lengths) in enumerate(blocks):
+        x0, y0 = number % columns * block + 10, number // columns * deep
+        picture.text(x0 + left, y0 + 46, f"times as fast as {who}", 12)
         for column, length in enumerate(lengths):
-            picture.text(x0 + left + column * cell_w + cell_w / 2, 62, short(length), 10, "middle", GREY)
+            picture.text(x0 + left + column * cell_w + cell_w / 2, y0 + 64, short(length), 10, "middle", GREY)
         for line, key in enumerate(keys):
-            y = 68 + line * cell_h
-            picture.text(x0 + left - 8, y + 15, f"D = {key[0]}, {'causal' if key[1] else 'full'}", 10, "end", GREY)
+            y = y0 + 70 + line * cell_h
+            picture.text(x0 + left - 8, y + 15, key.label, 10, "end", GREY)
             for column, length in enumerate(lengths):
                 mine, other = (panels[key].get(name, {}).get(length) for name in ("ours", who))
                 if mine and other:
                     times = float(other["ms"]) / float(mine["ms"])
                     picture.rect(x0 + left + column * cell_w, y, cell_w - 1, cell_h - 1, ratio_colour(times))
-                    picture.text(x0 + left + column * cell_w + cell_w / 2, y + 15, f"{times:.2f}", 10, "middle")
+                    ink = INK if abs(math.log2(times)) < 0.5 else "#fff"
+                    picture.text(x0 + left + column * cell_w + cell_w / 2, y + 15, f"{times:.2f}", 10, "middle", ink)
     return picture
 
 
 def main():
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
-    folder = Path(sys.argv[2])
+    folder = Path(sys.argv[-1])
     folder.mkdir(parents=True, exist_ok=True)
-    for figure, panels in read(sys.argv[1]).items():
-        machine = next(row["machine"] for panel in panels.values() for rows in panel.values() for row in rows.values())
-        name = f"{figure[0]}_{figure[2]}" + ("" if figure[3] == "gpu" else "_one_thread" if figure[4] == "1" else "_all_threads")
-        for kind in (speed, roofline, ratio):
-            picture = kind(figure, panels, machine)
-            if picture is not None:
-                picture.write(folder / f"{name}_{kind.__name__}.svg")
+    figures = read(sys.argv[1:-1])
+
+    def draw(picture, name):
+        if picture is not None:
+            picture.write(folder / f"{name}.svg")
+
+    by_place = defaultdict(dict)  # figures of the same roof
+    for figure, panels in figures.items():
+        step, kind, direction, device, threads = figure
+        machine = rows_of(panels)[0]["machine"]
+        where = "" if device == "gpu" else "_one_thread" if threads == "1" else "_all_threads"
+        draw(speed(figure, panels, machine), f"{step}_{direction}{where}_speed")
+        draw(ratio(figure, panels, machine), f"{step}_{direction}{where}_ratio")
+        if direction != "both":
+            by_place[kind, device, threads, where, machine][figure] = panels
+    for (kind, device, threads, where, machine), some in by_place.items():
+        draw(roofline(kind, device, threads, some, machine), f"roofline_{kind}{where}")
+        if device == "gpu":
+            draw(savings(some, machine), "grouped_savings") if any(figure[0] == "4.05" for figure in some) else None
 
 
 if __name__ == "__main__":

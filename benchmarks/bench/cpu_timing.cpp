@@ -74,17 +74,18 @@ std::string processor_name() {
 
 }  // namespace
 
-Time time_on_cpu(const std::function<void()>& call) {
+Time time_on_cpu(const std::function<void()>& call, double seconds) {
   Keep keep;
   const auto body = [&](benchmark::State& state) {
     for (auto _ : state) call();
   };
-  // Each repetition is one call or, if calls are short, as many as take 50 ms.
+  // Each repetition is one call or, if calls are short, as many as take its part of the time.
+  const int repetitions = seconds < 0.5 ? 3 : 9;
   benchmark::RegisterBenchmark("call", body)
       ->Unit(benchmark::kMillisecond)
       ->UseRealTime()
-      ->MinTime(0.05)
-      ->Repetitions(9);
+      ->MinTime(seconds / repetitions)
+      ->Repetitions(repetitions);
   static bool initialised = false;
   if (!initialised) {
     int count = 1;

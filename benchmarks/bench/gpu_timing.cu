@@ -1,6 +1,7 @@
 // On a real GPU only: the virtual one has no speed.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <chrono>
 #include <string>
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int STEPS = 4096;  // of each chain
 constexpr int CHAINS = 8;    // that a warp has in flight
+constexpr double CEILING_S = 0.5;
 
 // STEPS x CHAINS products of tensor cores, from registers.
 __global__ void multiply_kernel(float* sums) {
@@ -42,13 +44,15 @@ __global__ void multiply_add_kernel(float* sums, float factor) {
 
 }  // namespace
 
-Time time_on_gpu(const std::function<void()>& call) {
-  for (int warm_up = 0; warm_up < 3; ++warm_up) call();
-  synchronize();
-  std::vector<double> each;
+Time time_on_gpu(const std::function<void()>& call, double seconds) {
   const auto begin = std::chrono::steady_clock::now();
-  const auto enough = [&] { return std::chrono::steady_clock::now() - begin > std::chrono::milliseconds(500); };
-  while (each.size() < 7 || (each.size() < 60 && !enough())) {
+  const auto spent = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };
+  for (int warm_up = 0; warm_up < 3 && spent() < seconds; ++warm_up) {
+    call();
+    synchronize();
+  }
+  std::vector<double> each;
+  while (each.size() < 3 || (each.size() < 60 && spent() < seconds)) {
     Event start, stop;
     start.record();
     call();
@@ -58,6 +62,24 @@ Time time_on_gpu(const std::function<void()>& call) {
   return summary(each);
 }
 
+void fill_on_gpu(void* memory, std::size_t bytes, std::span<const std::byte> pattern) {
+  if (bytes == 0) return;
+  auto* to = static_cast<std::byte*>(memory);
+  std::size_t filled = std::min(bytes, pattern.size());
+  gpu_detail::check(cudaMemcpy(to, pattern.data(), filled, cudaMemcpyHostToDevice), "copying an input");
+  while (filled < bytes) {  // what is there already is a whole number of patterns
+    const std::size_t more = std::min(filled, bytes - filled);
+    gpu_detail::check(cudaMemcpy(to + filled, to, more, cudaMemcpyDeviceToDevice), "copying an input");
+    filled += more;
+  }
+}
+
+int gpu_multiprocessors() {
+  int count = 0;
+  gpu_detail::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "asking the GPU for its size");
+  return count;
+}
+
 Ceilings gpu_ceilings() {
   cudaDeviceProp properties{};
   gpu_detail::check(cudaGetDeviceProperties(&properties, 0), "asking the GPU for its name");
@@ -65,19 +87,22 @@ Ceilings gpu_ceilings() {
 
   constexpr std::size_t COPIED = std::size_t{1} << 28;  // floats
   DeviceBuffer<float> from("from", COPIED), to("to", COPIED);
-  const Time copying = time_on_gpu([&] {
-    gpu_detail::check(cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice), "copying");
-  });
+  const Time copying = time_on_gpu(
+      [&] {
+        gpu_detail::check(cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice), "copying");
+      },
+      CEILING_S);
   ceilings.copy_gb_s = 2.0 * static_cast<double>(from.bytes()) / copying.median * 1e-6;
 
   const int blocks = properties.multiProcessorCount * 4;
   constexpr int THREADS = 256;
   const auto grid = dim3(static_cast<unsigned>(blocks));
   const double work = static_cast<double>(blocks) * STEPS * CHAINS;
-  const Time products = time_on_gpu([&] { launch(multiply_kernel, grid, dim3(THREADS), 0, Stream{}, to.data()); });
+  const Time products =
+      time_on_gpu([&] { launch(multiply_kernel, grid, dim3(THREADS), 0, Stream{}, to.data()); }, CEILING_S);
   ceilings.tensor_tflops = work * (THREADS / 32) * 2.0 * 16 * 8 * 16 / products.median * 1e-9;
   const Time sums =
-      time_on_gpu([&] { launch(multiply_add_kernel, grid, dim3(THREADS), 0, Stream{}, to.data(), 0.5f); });
+      time_on_gpu([&] { launch(multiply_add_kernel, grid, dim3(THREADS), 0, Stream{}, to.data(), 0.5f); }, CEILING_S);
   ceilings.float32_tflops = work * THREADS * 2.0 / sums.median * 1e-9;
   return ceilings;
 }

@@ -4,7 +4,9 @@
 
 namespace flashkata::bench {
 
-Time time_on_cpu(const std::function<void()>&) { throw std::runtime_error("this build has no Google Benchmark"); }
+Time time_on_cpu(const std::function<void()>&, double) {
+  throw std::runtime_error("this build has no Google Benchmark");
+}
 
 Ceilings cpu_ceilings(int) { throw std::runtime_error("this build has no Google Benchmark"); }
 

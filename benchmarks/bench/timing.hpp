@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "benchmarks/bench/problem.hpp"
@@ -18,9 +20,13 @@ inline Time summary(std::vector<double> each) {
   return {.median = at(0.5), .low = at(0.25), .high = at(0.75), .calls = static_cast<int>(each.size())};
 }
 
-/// Calls until the median is worth something: at least 7 times and for about half a second, at most 60 times.
-Time time_on_cpu(const std::function<void()>& call);
-Time time_on_gpu(const std::function<void()>& call);
+/// Calls until the median is worth something: at least 3 times and for about so many seconds, at most 60 times.
+Time time_on_cpu(const std::function<void()>& call, double seconds);
+Time time_on_gpu(const std::function<void()>& call, double seconds);
+
+/// Fills memory of the GPU with `pattern`, again and again.
+void fill_on_gpu(void* memory, std::size_t bytes, std::span<const std::byte> pattern);
+int gpu_multiprocessors();
 
 /// What a processor can do, by one thread or by all (0).
 Ceilings cpu_ceilings(int threads);

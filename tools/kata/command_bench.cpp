@@ -7,6 +7,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "bench_grid.hpp"
 #include "build.hpp"
@@ -122,23 +123,30 @@ class Worker {
 /// The table of one step, printed row by row.
 class Table {
  public:
-  Table(const Step& step, const BenchProblem& first) : gpu_(first.gpu) {
-    std::cout << "\n  " << bold(step.title()) << " · " << first.type << " · " << first.direction << "\n";
+  Table(const Step& step, const BenchProblem& first) : gpu_(first.gpu), decodes_(first.decodes()) {
+    std::cout << "\n  " << bold(step.title()) << " · " << first.type << " · " << first.direction
+              << (first.what.empty() ? "" : " · " + first.what) << "\n";
+  }
+
+  /// Whether a row of it belongs in the table that begins with the other.
+  static bool same(const BenchProblem& one, const BenchProblem& other) {
+    return one.direction == other.direction && one.type == other.type && one.what == other.what;
   }
 
   void row(const BenchProblem& p, const Json& answer, double of_roofline) {
     std::string line =
         right(std::to_string(p.length), 8) + right(std::to_string(p.width), 6) + right(p.causal ? "causal" : "full", 8);
-    line += gpu_ ? right(std::to_string(p.batch) + " x " + std::to_string(p.heads), 12)
+    const std::string heads = std::to_string(p.heads) + (p.kv_heads != p.heads ? "/" + std::to_string(p.kv_heads) : "");
+    line += gpu_ ? right(std::to_string(p.batch) + " x " + heads, 12)
                  : right(p.threads == 0 ? "all" : std::to_string(p.threads), 12);
     const std::string status = answer.value("status", "failed");
-    const Json times = answer.value("times", Json::object());
-    head(times);
     if (status != "ok") {
       std::cout << line << "   " << red(status) << " " << dim(wrapped(answer.value("why", ""), 40)) << "\n"
                 << std::flush;
       return;
     }
+    const Json& times = answer.at("times");
+    head(times, answer.value("refused", Json::object()));
     const Json& ours = times.at("ours");
     const double ms = ours.at("median");
     const double spread = (ours.at("high").get<double>() - ours.at("low").get<double>()) / 2.0 / ms;
@@ -162,30 +170,39 @@ class Table {
       std::cout << dim("  " + who + ": " + number("%.2f", *low) + " to " + number("%.2f", *high) +
                        " times as fast as it")
                 << "\n";
+      refusals_.erase(who);
     }
+    for (const auto& [who, why] : refusals_) std::cout << dim("  " + who + " refused: " + why) << "\n";
   }
 
  private:
-  static std::string rate(const BenchProblem& p, double ms) {
-    const double tflops = p.operations() / ms * 1e-9;
-    return number(tflops < 10 ? "%.3f" : "%.1f", tflops);
+  // TFLOP/s; where nearly all of the time goes into reading, TB/s.
+  std::string rate(const BenchProblem& p, double ms) const {
+    const double tera = (decodes_ ? p.bytes() : p.operations()) / ms * 1e-9;
+    return number(tera < 10 ? "%.3f" : "%.1f", tera);
   }
 
-  void head(const Json& times) {
+  void head(const Json& times, const Json& refused) {
     if (headed_) return;
-    for (const auto& [who, time] : times.items()) {
-      if (who != "ours") peers_.push_back(who);
-    }
     headed_ = true;
+    for (const auto& [who, time] : times.items()) {
+      if (who != "ours") peers_.insert(who);
+    }
+    for (const auto& [who, why] : refused.items()) {
+      peers_.insert(who);
+      refusals_[who] = why;
+    }
     std::string line = right("S", 8) + right("D", 6) + right("mask", 8) + right(gpu_ ? "B x H" : "threads", 12) +
-                       right("ms", 10) + right("+-", 7) + right("TFLOP/s", 10) + right("roofline", 10);
+                       right("ms", 10) + right("+-", 7) + right(decodes_ ? "TB/s" : "TFLOP/s", 10) +
+                       right("roofline", 10);
     for (const auto& who : peers_) line += right(who, 16);
     std::cout << dim(line) << "\n";
   }
 
-  bool gpu_;
+  bool gpu_, decodes_;
   bool headed_ = false;
-  std::vector<std::string> peers_;
+  std::set<std::string> peers_;
+  std::map<std::string, std::string> refusals_;
   std::map<std::string, std::vector<double>> ratios_;
 };
 
@@ -212,28 +229,38 @@ class Clock {
 };
 
 /// The steps that can be measured here; says why the others cannot.
-std::vector<const Step*> measurable(const Course& course, const std::string& which) {
+std::vector<const Step*> measurable(const Course& course, const std::string& which, const std::string& on) {
   std::vector<const Step*> steps;
+  std::string without_speed, without_tensors;
+  const auto list = [](std::string& text, const Step& step) { text += (text.empty() ? "" : ", ") + step.number; };
   const bool has_gpu = course.preset.find("cuda") != std::string::npos;
   const auto chosen = find_steps(course, which);
   for (const Step* step : chosen) {
+    if (!on.empty() && on != (step->kind == "cuda" ? "gpu" : "cpu")) continue;
     if (!is_benched(*step)) {
-      if (chosen.size() > 1) continue;
-      std::string all;
-      for (const Step& each : course.steps) {
-        if (is_benched(each)) all += (all.empty() ? "" : ", ") + each.number;
-      }
-      throw Failure("there is nothing to measure in " + step->title() + ": it is no attention over whole tensors",
-                    "./kata bench with one of " + all, 2);
+      list(without_tensors, *step);
+    } else if (step->kind == "cuda" && !has_gpu) {
+      list(without_speed, *step);
+    } else {
+      steps.push_back(step);
     }
-    if (step->kind == "cuda" && !has_gpu) {
-      std::cout << "\n  " << bold(step->title()) << "   " << yellow("not measured")
-                << ": the virtual GPU has no speed\n"
-                << field("instead", bold("./kata profile " + step->number) + "   counts what it moves")
-                << field("on a GPU", bold("./kata --preset learn-cuda bench " + step->number));
-      continue;
+  }
+  if (steps.empty() && without_speed.empty()) {
+    std::string all;
+    for (const Step& each : course.steps) {
+      if (is_benched(each)) list(all, each);
     }
-    steps.push_back(step);
+    const std::string why = without_tensors.empty()
+                                ? which + ": nothing of it runs on the " + on
+                                : "nothing to measure in " + without_tensors + ": no attention over whole tensors";
+    throw Failure(why, "./kata bench with one of " + all, 2);
+  }
+  if (!without_tensors.empty()) std::cout << field("not timed", without_tensors + ": no attention over whole tensors");
+  if (!without_speed.empty()) {
+    const std::string one = chosen.size() == 1 ? chosen.front()->number : "STEP";
+    std::cout << field("not timed", without_speed + ": the virtual GPU has no speed")
+              << field("instead", bold("./kata profile " + one) + "   counts what it moves")
+              << field("on a GPU", bold("./kata --preset learn-cuda bench " + which));
   }
   return steps;
 }
@@ -241,7 +268,7 @@ std::vector<const Step*> measurable(const Course& course, const std::string& whi
 }  // namespace
 
 int bench(const Course& course, const BenchOptions& options) {
-  const auto steps = measurable(course, options.which.empty() ? "all" : options.which);
+  const auto steps = measurable(course, options.which.empty() ? "all" : options.which, options.on);
   if (steps.empty()) return 2;
   const bool kept = !options.csv.empty();
   BenchRecord record(kept ? options.csv : course.state() / "bench" / "last.csv", !kept);
@@ -305,7 +332,7 @@ int bench(const Course& course, const BenchOptions& options) {
             const BenchProblem& problem = mine[index];
             const Ceilings& most = ceilings[place(problem)];
             line.clear();
-            if (last == nullptr || last->direction != problem.direction || last->type != problem.type) {
+            if (last == nullptr || !Table::same(*last, problem)) {
               table.reset();
               table.emplace(*step, problem);
             }
@@ -330,9 +357,13 @@ int bench(const Course& course, const BenchOptions& options) {
     }
   } catch (const Interrupted&) {
     line.clear();
+    std::string again = course.preset == "learn" ? "./kata bench" : "./kata --preset " + course.preset + " bench";
+    if (!options.which.empty()) again += " " + options.which;
+    again += " --grid " + options.grid;
+    if (!options.on.empty()) again += " --on " + options.on;
+    if (!options.against.empty()) again += " --against " + options.against;
     std::cout << "\n  stopped; what was measured is in " << course.shown(record.path()) << "\n"
-              << field("go on", bold("./kata bench " + options.which + (options.which.empty() ? "" : " ") + "--grid " +
-                                     options.grid + " --csv " + course.shown(record.path())));
+              << field("go on", bold(again + " --csv " + course.shown(record.path())));
     throw;
   }
   line.clear();

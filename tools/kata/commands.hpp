@@ -46,6 +46,7 @@ struct BenchOptions {
   std::filesystem::path
       csv;              // grows by what is measured; what it has already is not measured again. Empty: .kata/bench
   std::string against;  // "torch": PyTorch's kernels beside ours. Empty: ours alone
+  std::string on;       // "gpu" or "cpu": only steps that run there. Empty: both
 };
 int bench(const Course& course, const BenchOptions& options);
 

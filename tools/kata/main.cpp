@@ -116,6 +116,8 @@ class CommandLine {
     bench_command->add_option("--csv", typed_.csv, "A file that the results are added to; goes on where it ends");
     bench_command->add_option("--against", typed_.bench.against, "torch: PyTorch's kernels, alternated with yours")
         ->check(CLI::IsMember({"torch"}));
+    bench_command->add_option("--on", typed_.bench.on, "gpu or cpu: only the steps that run there")
+        ->check(CLI::IsMember({"gpu", "cpu"}));
 
     command("next", "The next step: its question, the file to open", "./kata next",
             [](const Course& course) { return show_next(course); });
