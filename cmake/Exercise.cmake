@@ -5,6 +5,7 @@
 #                KIND cpu                                                   # cpu, or cuda where there are kernels
 #                FILES attention.cpp                                        # what the student fills
 #                NEEDS phase1.01_softmax                                    # earlier steps that it may call
+#                WATCHED phase1.01_softmax                                  # of those with kernels: in ..._check too
 #                PROVIDED library.cpp)                                      # given to the student, in the step's folder
 #
 # Called from phaseN_name/CMakeLists.txt. Everything else follows from the names:
@@ -19,7 +20,7 @@ include_guard()
 define_property(GLOBAL PROPERTY KATA_STEPS BRIEF_DOCS "The steps as JSON objects, in course order")
 
 function(add_exercise folder)
-  cmake_parse_arguments(PARSE_ARGV 1 STEP "" "IDEA;KIND" "FILES;NEEDS;PROVIDED")
+  cmake_parse_arguments(PARSE_ARGV 1 STEP "" "IDEA;KIND" "FILES;NEEDS;WATCHED;PROVIDED")
   foreach(required IDEA KIND FILES)
     if(NOT STEP_${required})
       message(FATAL_ERROR "add_exercise(${folder}): ${required} is missing")
@@ -59,10 +60,12 @@ function(add_exercise folder)
     list(FILTER kernels INCLUDE REGEX "\\.cu$")
     list(FILTER answers EXCLUDE REGEX "\\.cu$")
     kata_add_kernel_library(${label} MODE fast SOURCES ${kernels})
+    kata_reuse_kernel_headers(${label} fast)
     if(answers)
       set(host ${label}_host)
       add_library(${host} OBJECT ${answers})
       target_link_libraries(${host} PUBLIC flashkata_gpu)
+      target_precompile_headers(${host} REUSE_FROM kata_host_headers)
       kata_configure_answer(${host} ${folder} "${STEP_NEEDS}")
     endif()
   else()
@@ -87,8 +90,10 @@ function(add_exercise folder)
   set(check "")
   if(STEP_KIND STREQUAL "cuda" AND KATA_GPU STREQUAL "virtual")
     kata_add_kernel_library(${label}_checked MODE checked SOURCES ${kernels})
+    kata_reuse_kernel_headers(${label}_checked checked)
     kata_configure_answer(${label}_checked ${folder} "${STEP_NEEDS}")
-    kata_add_suite(${label}_check ${folder} phase${phase} ${label}_checked ${host} ${needs} ${label}_suite)
+    kata_watched(watched_needs "${STEP_WATCHED}" ${needs})
+    kata_add_suite(${label}_check ${folder} phase${phase} ${label}_checked ${host} ${watched_needs} ${label}_suite)
     add_dependencies(${label}_test ${label}_check)  # whoever builds the one wants both
     set(check "${CMAKE_CURRENT_BINARY_DIR}/${folder}/${label}_check")
   endif()
@@ -97,6 +102,7 @@ function(add_exercise folder)
   set_property(GLOBAL PROPERTY KATA_PATH_${label} ${path})
   set_property(GLOBAL PROPERTY KATA_KIND_${label} ${STEP_KIND})
   set_property(GLOBAL PROPERTY KATA_NEEDS_${label} ${STEP_NEEDS})
+  set_property(GLOBAL PROPERTY KATA_WATCHED_${label} ${STEP_WATCHED})
 
   list(TRANSFORM STEP_FILES REPLACE "(.+)" "\"\\1\"" OUTPUT_VARIABLE files_json)
   list(JOIN files_json ", " files_json)
@@ -117,6 +123,13 @@ function(kata_configure_answer target folder needs)
   endforeach()
 endfunction()
 
+# The headers that kernel files include, compiled once; nvcc has no such thing.
+function(kata_reuse_kernel_headers target mode)
+  if(KATA_GPU STREQUAL "virtual")
+    target_precompile_headers(${target} REUSE_FROM kata_kernel_headers_${mode})
+  endif()
+endfunction()
+
 # The object libraries of these steps, for linking.
 function(kata_objects result)
   set(objects ${ARGN})
@@ -124,6 +137,16 @@ function(kata_objects result)
     if(TARGET ${label}_host)
       list(APPEND objects ${label}_host)
     endif()
+  endforeach()
+  set(${result} ${objects} PARENT_SCOPE)
+endfunction()
+
+# The same objects, with the watched kernels in place of the fast ones where `watched` lists the step. What fast kernels
+# write, nobody has seen being written: a step whose own kernels read it needs them watched.
+function(kata_watched result watched)
+  set(objects ${ARGN})
+  foreach(label IN LISTS watched)
+    list(TRANSFORM objects REPLACE "^${label}$" "${label}_checked")
   endforeach()
   set(${result} ${objects} PARENT_SCOPE)
 endfunction()

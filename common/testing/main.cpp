@@ -30,7 +30,22 @@ bool option(std::string_view argument, std::string_view name, std::string_view& 
 
 }  // namespace
 
-ExtendMain::ExtendMain(Extension added) { the_extension() = std::move(added); }
+// A suite may have kernels and ranks: then each has its say.
+ExtendMain::ExtendMain(Extension added) {
+  const Extension before = the_extension();
+  the_extension() = {
+      .why_skip =
+          [=] {
+            const std::string why = before.why_skip ? before.why_skip() : "";
+            return why.empty() && added.why_skip ? added.why_skip() : why;
+          },
+      .option =
+          [=](std::string_view argument) {
+            return (before.option && before.option(argument)) || (added.option && added.option(argument));
+          },
+      .at_end = [=] { return (before.at_end ? before.at_end() : 0) + (added.at_end ? added.at_end() : 0); },
+      .remark = [=] { return (before.remark ? before.remark() : "") + (added.remark ? added.remark() : ""); }};
+}
 const Extension& extension() { return the_extension(); }
 
 int only_case() { return case_number; }

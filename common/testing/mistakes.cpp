@@ -794,6 +794,8 @@ constexpr Mistake MISTAKES[] = {
      "A message has 2C rows for each head. How many of them are tokens, if they come from rank 0?"},
     {"ring-hop-missing", "stopped a hop too early",
      "Count on your fingers for W = 3: whose keys does rank 0 compute with, and how many exchanges lie between?"},
+    {"merge-last-only", "kept what the last hop says and forgot those before",
+     "The last hop knows nothing of the keys of the first. Who remembers them?"},
     {"ring-wrong-lse-bwd", "made the weights of each hop from that hop's own log-sum-exp",
      "The weights of a query add up to 1. Over which keys: those of this hop, or those of all?"},
     {"ring-stale-kv-bwd", "went back through its own keys at every hop",

