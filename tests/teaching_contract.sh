@@ -43,6 +43,14 @@ only_adds() {
   [ "${PIPESTATUS[2]}" != 0 ]
 }
 
+# Does an answer find in its own folder what it includes? The stub's folder may not have it.
+includes_nothing_beside() {
+  local name
+  for name in $(sed -n 's/^ *# *include *"\([^"]*\)".*/\1/p' "$1"); do
+    if [ -e "$(dirname "$1")/$name" ]; then return 1; fi
+  done
+}
+
 tests=0
 red=0
 while read -r label folder files; do
@@ -65,6 +73,7 @@ while read -r label folder files; do
     check "$solution exists" [ -f "$solution" ]
     check "$solution is filled" quietly grep -vq 'NotImplemented' "$solution"
     check "$solution only adds to $stub" only_adds "$stub" "$solution"
+    check "$solution can be copied over $stub: what it includes is not beside it" includes_nothing_beside "$solution"
   done
 
   summary=$(mktemp)

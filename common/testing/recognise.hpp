@@ -36,11 +36,14 @@ struct Recognise {
   Recognise(std::vector<int> cases, std::function<std::vector<Array>(int)> outputs);
 };
 
-/// The answer's fingerprints on all cases; empty if the suite has no Recognise.
+/// The answer's fingerprints on all cases but those that need a stub; none if the suite has no Recognise.
 Fingerprints take_fingerprints();
 
-/// The id of the known mistake that explains the answer, if exactly one does.
+/// The id of the known mistake that explains the answer on the cases that it has, if exactly one does. The step's
+/// fingerprints are {"right": {"1": [...], ...}, "wrong": [{"mistake": id, "cases": {"1": [...], ...}}, ...]}, where a
+/// wrong answer has the cases that it spoils.
 std::optional<std::string> recognise(const Fingerprints& answer);
+std::optional<std::string> recognise(const Fingerprints& answer, std::istream& fingerprints);
 
 /// Whether two fingerprints are the same but for rounding.
 bool alike(const Fingerprint& one, const Fingerprint& other);

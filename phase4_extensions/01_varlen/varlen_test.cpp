@@ -164,13 +164,12 @@ struct Right {
   std::vector<ExpectedGradients> backward;
 };
 
-Right right_of(const Batch& batch, const Inputs& in, bool with_gradients) {
+Right right_of(const Batch& batch, const Inputs& in) {
   Right right;
   for (std::size_t b = 0; b < batch.sequences.size(); ++b) {
     const AttentionCase c = problem_of(batch, b);
     const AttentionInputs own = sequence_of(in, batch, b);
     right.forward.push_back(expected(c, own));
-    if (!with_gradients) continue;
     TokenTensor d_output = make_output_gradient(c);
     copy_rows(in.d_output.view(), begins(batch, Side::queries)[b], d_output.heads(), 0, c.queries);
     right.backward.push_back(expected_gradients(c, own, d_output));
@@ -484,7 +483,7 @@ bool expect_backward(const Gradients& got, const Batch& batch, const Right& righ
 
 // Everything against the reference: forward, and the gradients by both ways to dQ.
 bool expect_right(Where where, const Batch& batch, const Inputs& in) {
-  const Right right = right_of(batch, in, true);
+  const Right right = right_of(batch, in);
   if (!expect_forward(forward(where, batch, in), batch, right)) return false;
   for (const bool deterministic : {true, false}) {
     if (where == Where::host && !deterministic) continue;  // one and the same there
@@ -720,18 +719,6 @@ Model model_of(const Shape<3>& shape) {
 
 // ---- Recognition ----------------------------------------------------------------------------------------------------
 
-// What `call` returns; `instead` while it has not been written, so that what is there can be recognised.
-template <typename Call, typename Instead>
-std::vector<Array> written_or(bool& any, Call&& call, Instead&& instead) {
-  try {
-    std::vector<Array> result = call();
-    any = true;
-    return result;
-  } catch (const NotImplemented&) {
-    return instead();
-  }
-}
-
 // Rows of tokens that belong to nobody are left out: nothing is asked of them here.
 std::vector<Array> parts(const Batch& batch, const Array& all, Side side) {
   std::vector<Array> result;
@@ -746,66 +733,29 @@ std::vector<Array> joined(const Lists&... lists) {
   return all;
 }
 
-std::vector<Array> outputs_of(int number, bool& any) {
+std::vector<Array> outputs_of(int number) {
   if (number > PACKED) {
-    const auto& rows = masks().at(static_cast<std::size_t>(number - PACKED) - 1);
-    const BoolMatrix mask = mask_of(rows);
-    return written_or(
-        any,
-        [&]() -> std::vector<Array> {
-          const Packing packing = packing_of(mask);
-          return {array_of(packing)};
-        },
-        [&]() -> std::vector<Array> { return {}; });
+    const Packing packing = packing_of(mask_of(masks().at(static_cast<std::size_t>(number - PACKED) - 1)));
+    return {array_of(packing)};
   }
   if (number > PADDED) {
     const AttentionCase& c = padded().at(static_cast<std::size_t>(number - PADDED) - 1);
     AttentionInputs in = make_inputs(c);
-    return written_or(
-        any,
-        [&]() -> std::vector<Array> {
-          std::vector<Array> result;
-          run_unwatched([&] { result.push_back(to_array(attend(c, in))); });
-          return result;
-        },
-        [&]() -> std::vector<Array> { return {in_model_layout(expected_of(c, in).output)}; });
+    std::vector<Array> result;
+    run_unwatched([&] { result.push_back(to_array(attend(c, in))); });
+    return result;
   }
   const Where where = number > ON_THE_CPU ? Where::host : Where::gpu;
   const int rest = number % ON_THE_CPU;
   const Batch& batch = batches().at(static_cast<std::size_t>(rest % GRADIENTS) - 1);
   const Inputs in = inputs_of(batch);
   if (rest < GRADIENTS) {
-    return written_or(
-        any,
-        [&] {
-          const Answer got = forward(where, batch, in, /*judge=*/false);
-          return joined(parts(batch, got.output, Side::queries), parts(batch, got.lse, Side::queries));
-        },
-        [&] {
-          std::vector<Array> output, lse;
-          for (const Expected& want : right_of(batch, in, false).forward) {
-            output.push_back(want.output);
-            lse.push_back(want.lse);
-          }
-          return joined(output, lse);
-        });
+    const Answer got = forward(where, batch, in, /*judge=*/false);
+    return joined(parts(batch, got.output, Side::queries), parts(batch, got.lse, Side::queries));
   }
-  return written_or(
-      any,
-      [&] {
-        const Gradients got = backward(where, batch, in, /*deterministic=*/true, /*judge=*/false);
-        return joined(parts(batch, got.query, Side::queries), parts(batch, got.key, Side::keys),
-                      parts(batch, got.value, Side::keys));
-      },
-      [&] {
-        std::vector<Array> query, key, value;
-        for (const ExpectedGradients& want : right_of(batch, in, true).backward) {
-          query.push_back(want.query);
-          key.push_back(want.key);
-          value.push_back(want.value);
-        }
-        return joined(query, key, value);
-      });
+  const Gradients got = backward(where, batch, in, /*deterministic=*/true, /*judge=*/false);
+  return joined(parts(batch, got.query, Side::queries), parts(batch, got.key, Side::keys),
+                parts(batch, got.value, Side::keys));
 }
 
 std::vector<int> all_numbers() {
@@ -821,20 +771,7 @@ std::vector<int> all_numbers() {
 // Numbers are judged, and recognised, in the fast executable.
 const Recognise recognise_varlen(all_numbers(), [](int number) -> std::vector<Array> {
   if (kernels_are_checked()) throw NotImplemented(__FILE__);
-  static const bool nothing_written = [] {
-    bool any = false;
-    for (const int one : {PACKED + 1, ON_THE_CPU + 1, 1}) {
-      try {
-        outputs_of(one, any);
-      } catch (const std::exception&) {
-        any = true;
-      }
-    }
-    return !any;
-  }();
-  if (nothing_written) throw NotImplemented(__FILE__);
-  bool any = false;
-  return outputs_of(number, any);
+  return outputs_of(number);
 });
 
 // ---- Probes, on the CPU and on the GPU. Each begins with its question
@@ -1006,7 +943,7 @@ void expect_empty_ones(Where where) {
           }
         }
       }
-      const Right right = right_of(batch, in, true);
+      const Right right = right_of(batch, in);
       if (!expect_forward(got.forward, batch, right) || !expect_backward(got.backward, batch, right)) return;
       if (where == Where::host) continue;  // one way to dQ
       if (!expect_backward(backward(where, batch, in, /*deterministic=*/false), batch, right)) return;

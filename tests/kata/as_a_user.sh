@@ -129,6 +129,11 @@ check "the solution is refused before a pass" exits 1
 check "and the way on is named" says "--i-give-up"
 run ./kata solution softmax --i-give-up
 check "giving up opens it" says "+++ b/$hidden/$softmax"
+check "and it stands alone" never_says "which the answer includes"
+run ./kata solution 2.04 --i-give-up
+check "an answer that includes what others include, too, shows that as well" says "+++ b/$hidden/fp32_forward_tile.cuh"
+check "and what that includes, and names them" says \
+  "$hidden/fp32_forward_tile.cuh, $hidden/fp32_vector.cuh, which the answer includes from there"
 
 section "filling, breaking, mending"
 cp "$hidden/$softmax" "$softmax"
@@ -333,6 +338,12 @@ check "which steps there are is said" says "2.03, 2.04"
 run ./kata bench 2.05
 check "kernels are not measured on the virtual GPU" exits 2
 check "what to do instead is said" says "./kata profile 2.05"
+run ./kata bench phase4
+check "nor those of phase 4" exits 2
+check "of a step on several machines that is no question" says "4.08: no attention over whole tensors"
+run ./kata bench 2.05 --on cpu
+check "a kernel on the CPU is no question" exits 2
+check "why is said" says "nothing of it runs on the cpu"
 run ./kata bench 2.03 --grid huge
 check "a grid that does not exist is refused" exits 2
 echo "mine" > results.csv

@@ -33,6 +33,22 @@ TEST_SUITE("files") {
     CHECK(without_comments("/* unclosed") == " ");
   }
 
+  TEST_CASE("what an answer includes is found from the root and beside it, through others, and once") {
+    const ScratchFolder folder;
+    const auto root = folder.path();
+    write_file(root / "hidden/step/answer.cu",
+               "#include \"hidden/tile.cuh\"\n  #  include \"beside.hpp\"\n#include \"contract.hpp\"\n");
+    write_file(root / "hidden/tile.cuh", "#include \"hidden/vector.cuh\"\n// #include \"hidden/unused.cuh\"\n");
+    write_file(root / "hidden/vector.cuh", "#include <hidden/unused.cuh>\n#include \"hidden/tile.cuh\"\n");
+    write_file(root / "hidden/unused.cuh", "");
+    write_file(root / "hidden/step/beside.hpp", "#include \"common/shape.hpp\"\n#include \"../vector.cuh\"\n");
+    write_file(root / "common/shape.hpp", "#include \"hidden/unused.cuh\"\n");
+    const auto found = included_below(root / "hidden", {root / "hidden/step/answer.cu"}, root);
+    CHECK(found ==
+          std::vector<fs::path>{root / "hidden/tile.cuh", root / "hidden/vector.cuh", root / "hidden/step/beside.hpp"});
+    CHECK(included_below(root / "hidden", {root / "absent.cu", root / "hidden/unused.cuh"}, root).empty());
+  }
+
   TEST_CASE("a hash sees every byte and where texts end") {
     const auto of = [](std::initializer_list<std::string> texts) {
       Hash hash;

@@ -13,23 +13,36 @@
 namespace kata {
 namespace {
 
-// A unified diff, coloured on a terminal; empty where the two are the same.
+// A unified diff, coloured on a terminal; empty where the two are the same. What is not there is empty.
 std::string difference(const Course& course, const fs::path& mine, const fs::path& ours) {
   Command command;
   command.folder = course.source;  // so that the paths in it are short
   const std::string colour = Terminal::out().colour ? "--color=always" : "--color=never";
-  command.argv = {
-      "git", "--no-pager", "diff", "--no-index", "--no-ext-diff", colour, "--", course.shown(mine), course.shown(ours)};
+  const std::string left = fs::exists(mine) ? course.shown(mine) : "/dev/null";
+  const std::string right = course.shown(ours);
+  command.argv = {"git", "--no-pager", "diff", "--no-index", "--no-ext-diff", colour, "--", left, right};
   auto outcome = run(command);
   if (!outcome.started || outcome.exit_code > 1) {
-    command.argv = {"diff", "-u", course.shown(mine), course.shown(ours)};
+    command.argv = {"diff", "-u", left, right};
     outcome = run(command);
   }
   if (!outcome.started || outcome.exit_code > 1) {
-    throw Failure("cannot compare " + course.shown(mine) + " with " + course.shown(ours) + ": " + outcome.output,
-                  "open both side by side");
+    throw Failure("cannot compare " + left + " with " + right + ": " + outcome.output, "open both side by side");
   }
   return outcome.output;
+}
+
+// What lies beside the answers, is no file of the step, and is included by its answer but not by the student's own.
+std::vector<fs::path> parts_of_answer(const Course& course, const Step& step) {
+  const auto included_by = [&](const std::vector<fs::path>& files) {
+    return included_below(course.hidden_root(), files, course.source);
+  };
+  auto known = included_by(course.filled(step));
+  for (const auto& file : course.hidden(step)) known.push_back(file.lexically_normal());
+  auto parts = included_by(course.hidden(step));
+  std::erase_if(parts,
+                [&](const fs::path& part) { return std::find(known.begin(), known.end(), part) != known.end(); });
+  return parts;
 }
 
 void refuse_foreign_answers(const Course& course, const std::string& command) {
@@ -61,14 +74,19 @@ int solution(const Course& course, const std::string& name, bool give_up) {
   std::cout << "\n  " << bold(step.title()) << ": yours (-) and one good answer (+); there are others\n\n";
   bool same = true;
   for (std::size_t i = 0; i < hidden.size(); ++i) {
-    const auto mine = course.filled(step)[i];
-    const auto text = difference(course, fs::exists(mine) ? mine : fs::path("/dev/null"), hidden[i]);
+    const auto text = difference(course, course.filled(step)[i], hidden[i]);
     same = same && text.empty();
     std::cout << text;
   }
   if (same) std::cout << "  no difference\n";
-  std::cout << "\n"
-            << field("next", bold(verdict.state == State::done ? "./kata next" : "./kata test " + step.number)) << "\n";
+  std::string names;
+  for (const auto& part : parts_of_answer(course, step)) {
+    std::cout << difference(course, "/dev/null", part);
+    names += (names.empty() ? "" : ", ") + course.shown(part);
+  }
+  std::cout << "\n";
+  if (!names.empty()) std::cout << field("with", names + ", which the answer includes from there");
+  std::cout << field("next", bold(verdict.state == State::done ? "./kata next" : "./kata test " + step.number)) << "\n";
   return 0;
 }
 

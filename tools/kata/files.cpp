@@ -11,6 +11,7 @@
 #include <cstring>
 #include <ctime>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <sstream>
 
@@ -176,6 +177,27 @@ bool is_unfilled(std::string_view source) {
     if (std::isspace(static_cast<unsigned char>(c)) == 0) dense += c;
   }
   return dense.find("NotImplemented(__FILE__)") != std::string::npos;
+}
+
+std::vector<fs::path> included_below(const fs::path& folder, const std::vector<fs::path>& sources,
+                                     const fs::path& root) {
+  std::vector<fs::path> found;
+  const std::function<void(const fs::path&)> follow = [&](const fs::path& source) {
+    std::istringstream lines(without_comments(read_file(source).value_or("")));
+    for (std::string line; std::getline(lines, line);) {
+      std::erase(line, ' ');
+      if (!line.starts_with("#include\"")) continue;
+      const std::string name = line.substr(9, line.rfind('"') - 9);
+      const fs::path beside = source.parent_path() / name;
+      const fs::path file = (fs::exists(beside) ? beside : root / name).lexically_normal();
+      const bool below = relative_to(file, folder) != file.string();
+      if (!below || !fs::is_regular_file(file) || std::find(found.begin(), found.end(), file) != found.end()) continue;
+      found.push_back(file);
+      follow(file);
+    }
+  };
+  for (const auto& source : sources) follow(source);
+  return found;
 }
 
 FolderLock::FolderLock(const fs::path& folder) {

@@ -47,6 +47,11 @@ std::string without_comments(std::string_view source);
 /// True while a student's file still throws NotImplemented somewhere that is not commented out.
 bool is_unfilled(std::string_view source);
 
+/// The files below `folder` that `sources` include by #include "...", directly or through each other, each once and in
+/// the order in which they are met. A name is looked for beside the file that includes it, then from `root`.
+std::vector<fs::path> included_below(const fs::path& folder, const std::vector<fs::path>& sources,
+                                     const fs::path& root);
+
 /// Held while something is built: two builds in one folder at a time would damage each other.
 class FolderLock {
  public:

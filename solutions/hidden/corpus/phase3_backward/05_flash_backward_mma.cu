@@ -480,6 +480,52 @@ KATA_BOTH Shared shared_of(const Arguments<T>& args) {
   return {args.width + padding, args.tile + padding, !padded && args.play != Play::no_swizzle};
 }
 
+// Tiles, one behind the other in a block's shared memory.
+template <typename T>
+struct Tiles {
+  const Shared shared;
+  const int width;
+  T* next;
+
+  KATA_DEVICE explicit Tiles(const Arguments<T>& args)
+      : shared(shared_of(args)), width(args.width), next(dynamic_shared<T>()) {}
+
+  KATA_DEVICE Tile<T> tile(int rows, int columns, int pitch) {
+    T* const here = next;
+    next += rows * pitch;
+    return {here, columns, pitch, shared.swizzled};
+  }
+  KATA_DEVICE Tile<T> of_channels(int rows) { return tile(rows, width, shared.pitch); }
+  KATA_DEVICE Tile<T> of_pairs(int rows, int columns) { return tile(rows, columns, shared.s_pitch); }
+};
+
+template <int TILES>
+KATA_DEVICE void set_to_zero(float (&sums)[TILES][4]) {
+  for (auto& four : sums)
+    for (float& sum : four) sum = 0.0f;
+}
+
+template <typename T, int TILES>
+KATA_DEVICE void round_sums(float (&sums)[TILES][4]) {
+  for (auto& four : sums)
+    for (float& sum : four) sum = round_trip<T>(sum);
+}
+
+// Ones for the gradient of the output, in `rows` rows of which those before `limit` exist.
+template <typename T>
+KATA_DEVICE void ignore_d_output(const Tile<T>& do_smem, int width, int rows, int limit) {
+  for (int i = static_cast<int>(threadIdx.x); i < rows * width; i += static_cast<int>(blockDim.x)) {
+    do_smem.element(i / width, i % width) = from_float<T>(i / width < limit ? 1.0f : 0.0f);
+  }
+  __syncthreads();
+}
+
+// The rows of a gradient, as if it lay in memory as what it is the gradient of.
+template <typename T>
+KATA_DEVICE Rows<T> rows_laid_out_as(const View<const T, 4>& original, const View<T, 4>& gradient, Index b, Index h) {
+  return {gradient.data() + b * original.stride(0) + h * original.stride(1), original.stride(2)};
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A warp for a row: delta, and zeros for the sums of dQ.
@@ -503,10 +549,7 @@ __global__ void round_kernel(const Arguments<T> args) {
   const Index heads = args.p.query.size(1), b = blockIdx.y / heads, h = blockIdx.y % heads;
   if (query >= args.queries) return;
   Rows<T> rows = rows_of(args, args.p.d_query, b, h);
-  if (args.play == Play::dq_strides) {
-    const View<const T, 4>& query_view = args.p.query;
-    rows = {args.p.d_query.data() + b * query_view.stride(0) + h * query_view.stride(1), query_view.stride(2)};
-  }
+  if (args.play == Play::dq_strides) rows = rows_laid_out_as(args.p.query, args.p.d_query, b, h);
   for (int d = lane; d < args.width; d += 32) {
     rows[query][d] = from_float<T>(args.p.d_query_sum(b, h, query, d) * args.dq_scale);
   }
@@ -522,20 +565,14 @@ __global__ void keys_kernel(const Arguments<T> args) {
   const int kv_first = static_cast<int>(blockIdx.x) * block_kv;
   const int warp_key = warp * 16;
 
-  const Shared shared = shared_of(args);
-  T* next = dynamic_shared<T>();
-  const auto tile_of = [&](int rows, int width, int pitch) {
-    const Tile<T> tile{next, width, pitch, shared.swizzled};
-    next += rows * pitch;
-    return tile;
-  };
-  const Tile<T> k_smem = tile_of(block_kv, args.width, shared.pitch);
-  const Tile<T> v_smem = tile_of(block_kv, args.width, shared.pitch);
-  const Tile<T> q_smem = tile_of(block_q, args.width, shared.pitch);
-  const Tile<T> do_smem = tile_of(block_q, args.width, shared.pitch);
+  Tiles<T> tiles_in_shared(args);
+  const Tile<T> k_smem = tiles_in_shared.of_channels(block_kv);
+  const Tile<T> v_smem = tiles_in_shared.of_channels(block_kv);
+  const Tile<T> q_smem = tiles_in_shared.of_channels(block_q);
+  const Tile<T> do_smem = tiles_in_shared.of_channels(block_q);
   __shared__ float lse[LARGEST], delta[LARGEST];
-  const Tile<T> p_smem = tile_of(block_kv, block_q, shared.s_pitch);
-  const Tile<T> ds_smem = tile_of(block_kv, block_q, shared.s_pitch);
+  const Tile<T> p_smem = tiles_in_shared.of_pairs(block_kv, block_q);
+  const Tile<T> ds_smem = tiles_in_shared.of_pairs(block_kv, block_q);
 
   int first = 0;  // the first query that sees a key of ours
   if (args.p.causal && play != Play::causal_not_skipped) {
@@ -559,13 +596,7 @@ __global__ void keys_kernel(const Arguments<T> args) {
     const bool stale = play == Play::stale_rows && round > 0;
     load_rows(args, lse, delta, b, h, stale ? q_first - block_q : q_first, block_q);
     wait_for_loads(args);  // Q and dO are there, K and V too
-    if (play == Play::d_output_ignored) {
-      for (int i = static_cast<int>(threadIdx.x); i < block_q * args.width; i += static_cast<int>(blockDim.x)) {
-        do_smem.element(i / args.width, i % args.width) =
-            from_float<T>(q_first + i / args.width < args.queries ? 1.0f : 0.0f);
-      }
-      __syncthreads();
-    }
+    if (play == Play::d_output_ignored) ignore_d_output(do_smem, args.width, block_q, args.queries - q_first);
 
     // S^T and P^T [16 keys, block_q]
     float p[TILE / 8][4] = {}, ds[TILE / 8][4];
@@ -604,14 +635,8 @@ __global__ void keys_kernel(const Arguments<T> args) {
     const bool masked = args.p.causal && kv_first + block_kv > q_first + args.offset + 1;
     const bool slow = masked && play != Play::masked_nan_leak && play != Play::blind_leak &&
                       (is_poisoned(args, q_smem, block_q) || is_poisoned(args, do_smem, block_q));
-    if (play == Play::dv_assign || play == Play::dk_dv_assign) {
-      for (auto& four : dv)
-        for (float& sum : four) sum = 0.0f;
-    }
-    if (play == Play::dk_assign || play == Play::dk_dv_assign) {
-      for (auto& four : dk)
-        for (float& sum : four) sum = 0.0f;
-    }
+    if (play == Play::dv_assign || play == Play::dk_dv_assign) set_to_zero(dv);
+    if (play == Play::dk_assign || play == Play::dk_dv_assign) set_to_zero(dk);
     const auto allowed = [&](int row, int query) {
       return sees(args, q_first + query, kv_first + warp_key + row, q_first, kv_first);
     };
@@ -630,9 +655,8 @@ __global__ void keys_kernel(const Arguments<T> args) {
                         play != Play::q_not_transposed);
     }
     if (play == Play::dk_in_16_bits) {
-      for (auto* frag : {&dk, &dv})
-        for (auto& four : *frag)
-          for (float& sum : four) sum = round_trip<T>(sum);
+      round_sums<T>(dk);
+      round_sums<T>(dv);
     }
 
     if (play != Play::no_barrier_before_dq) __syncthreads();  // everybody's dS is there
@@ -688,19 +712,15 @@ __global__ void keys_kernel(const Arguments<T> args) {
 
   const int limit = play == Play::tail_keys_unwritten ? args.keys / 16 * 16 : args.keys;
   if (play == Play::tail_keys_dropped && kv_first + block_kv > args.keys) {
-    for (auto* frag : {&dk, &dv})
-      for (auto& four : *frag)
-        for (float& sum : four) sum = 0.0f;
+    set_to_zero(dk);
+    set_to_zero(dv);
   }
   if (play == Play::dk_half_of_128 && args.width == 128) {
     for (int n = 8; n < 16; ++n)
       for (float& sum : dk[n]) sum = 0.0f;
   }
   Rows<T> dk_rows = rows_of(args, args.p.d_key, b, h);
-  if (play == Play::dk_strides) {
-    const View<const T, 4>& key = args.p.key;
-    dk_rows = {args.p.d_key.data() + b * key.stride(0) + h * key.stride(1), key.stride(2)};
-  }
+  if (play == Play::dk_strides) dk_rows = rows_laid_out_as(args.p.key, args.p.d_key, b, h);
   if (args.for_dv) {
     store_rows(args, dv, rows_of(args, args.p.d_value, b, h), kv_first + warp_key, limit, args.dv_scale, false);
   }
@@ -719,17 +739,11 @@ __global__ void queries_kernel(const Arguments<T> args) {
   const int q_first = static_cast<int>(blockIdx.x) * block_q;
   const int warp_query = warp * 16;
 
-  const Shared shared = shared_of(args);
-  T* next = dynamic_shared<T>();
-  const auto tile_of = [&](int rows, int width, int pitch) {
-    const Tile<T> tile{next, width, pitch, shared.swizzled};
-    next += rows * pitch;
-    return tile;
-  };
-  const Tile<T> q_smem = tile_of(block_q, args.width, shared.pitch);
-  const Tile<T> do_smem = tile_of(block_q, args.width, shared.pitch);
-  const Tile<T> k_smem = tile_of(block_kv, args.width, shared.pitch);
-  const Tile<T> v_smem = tile_of(block_kv, args.width, shared.pitch);
+  Tiles<T> tiles_in_shared(args);
+  const Tile<T> q_smem = tiles_in_shared.of_channels(block_q);
+  const Tile<T> do_smem = tiles_in_shared.of_channels(block_q);
+  const Tile<T> k_smem = tiles_in_shared.of_channels(block_kv);
+  const Tile<T> v_smem = tiles_in_shared.of_channels(block_kv);
 
   __shared__ float lse[LARGEST], delta[LARGEST];
 
@@ -754,12 +768,7 @@ __global__ void queries_kernel(const Arguments<T> args) {
     load(args, k_smem, keys_of(args, args.p.key, b, h), kv_first, block_kv, args.keys);
     load(args, v_smem, values_of(args, b, h), kv_first, block_kv, args.keys);
     wait_for_loads(args);
-    if (play == Play::d_output_ignored && round == 0) {
-      for (int i = static_cast<int>(threadIdx.x); i < block_q * args.width; i += static_cast<int>(blockDim.x)) {
-        do_smem.element(i / args.width, i % args.width) = from_float<T>(1.0f);
-      }
-      __syncthreads();
-    }
+    if (play == Play::d_output_ignored && round == 0) ignore_d_output(do_smem, args.width, block_q, block_q);
     float p[TILE / 8][4] = {}, ds[TILE / 8][4];
     add_rows_times_rows(args, p, q_smem, warp_query, k_smem, block_kv, args.width);
     const auto allowed = [&](int row, int key) {
@@ -786,10 +795,7 @@ __global__ void queries_kernel(const Arguments<T> args) {
       }
     }
     const bool masked = args.p.causal && kv_first + block_kv > q_first + args.offset + 1;
-    if (play == Play::dq_assign) {
-      for (auto& four : dq)
-        for (float& sum : four) sum = 0.0f;
-    }
+    if (play == Play::dq_assign) set_to_zero(dq);
     if (masked && play != Play::masked_nan_leak && is_poisoned(args, k_smem, block_kv)) {
       const auto weight = [&](int row, int key) {
         // The pair's lane of the C fragment, and its element.
@@ -819,17 +825,11 @@ __global__ void queries_kernel(const Arguments<T> args) {
       add_weighted_rows(args, dq, ds, static_cast<const Tile<T>*>(nullptr), 0, k_smem, block_kv,
                         play != Play::k_not_transposed);
     }
-    if (play == Play::dq_in_16_bits) {
-      for (auto& four : dq)
-        for (float& sum : four) sum = round_trip<T>(sum);
-    }
+    if (play == Play::dq_in_16_bits) round_sums<T>(dq);
     if (play != Play::no_barrier_at_end) __syncthreads();  // K and V may be overwritten
   }
   Rows<T> rows = rows_of(args, args.p.d_query, b, h);
-  if (play == Play::dq_strides) {
-    const View<const T, 4>& query = args.p.query;
-    rows = {args.p.d_query.data() + b * query.stride(0) + h * query.stride(1), query.stride(2)};
-  }
+  if (play == Play::dq_strides) rows = rows_laid_out_as(args.p.query, args.p.d_query, b, h);
   const int limit = play == Play::tail_queries_unwritten ? args.queries / 16 * 16 : args.queries;
   const float scale = play == Play::scale_twice_owned ? args.dq_scale * args.scale : args.dq_scale;
   store_rows(args, dq, rows, q_first + warp_query, limit, scale, false);

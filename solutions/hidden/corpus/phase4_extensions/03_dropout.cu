@@ -635,23 +635,41 @@ KATA_DEVICE void load_tile(const Rule& rule, float* one_smem, float* other_smem,
   if (rule.play != Play::no_barrier_after) __syncthreads();
 }
 
+// What a thread works on: row `own` of `count` rows of one head, first_own being that of the block's first thread.
+struct Worker {
+  int thread, width;
+  Index b, h, kv_head;
+  int first_own, own;
+  bool exists;
+
+  template <typename Problem>
+  KATA_DEVICE Worker(const Problem& p, const Rule& rule, Index count) {
+    const int threads = static_cast<int>(blockDim.x);
+    const int tiles = (static_cast<int>(count) + threads - 1) / threads;
+    const Index head = static_cast<Index>(blockIdx.x) / tiles;
+    thread = static_cast<int>(threadIdx.x);
+    width = static_cast<int>(p.query.size(3));
+    b = head / p.query.size(1);
+    h = head % p.query.size(1);
+    kv_head = rule.play == Play::heads_first_only ? 0 : h;
+    first_own = static_cast<int>(blockIdx.x) % tiles * threads;
+    own = first_own + thread;
+    exists = own < count;
+  }
+
+  // Where the block's last query has seen everything, if `own` is a query.
+  KATA_DEVICE int end(const Rule& rule, const Sight& sight) const {
+    const int last = min(first_own + static_cast<int>(blockDim.x), static_cast<int>(sight.queries)) - 1;
+    return static_cast<int>(rule.play == Play::not_skipped ? sight.keys : sight.seen(last));
+  }
+};
+
 template <typename Real>
 __global__ void forward_kernel(const FlashForward<float> p, const Rule rule, const Sight sight, float scale, int tile,
                                bool* mask) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x);
-  const int width = static_cast<int>(p.query.size(3));
-  const int queries = static_cast<int>(sight.queries);
+  const Worker worker(p, rule, sight.queries);
+  const auto [thread, width, b, h, kh, q_first, i, live] = worker;
   const int keys = static_cast<int>(sight.keys);
-  const int q_tiles = (queries + threads - 1) / threads;
-  const Index head = static_cast<Index>(blockIdx.x) / q_tiles;
-  const Index heads = p.query.size(1);
-  const Index b = head / heads;
-  const Index h = head % heads;
-  const Index kh = rule.play == Play::heads_first_only ? 0 : h;
-  const int q_first = static_cast<int>(blockIdx.x) % q_tiles * threads;
-  const int i = q_first + thread;
-  const bool live = i < queries;
   float* k_smem = dynamic_shared<float>();
   float* v_smem = k_smem + tile * width;
 
@@ -661,10 +679,8 @@ __global__ void forward_kernel(const FlashForward<float> p, const Rule rule, con
   for (int d = 0; d < width; ++d) o_reg[d] = 0;
   if (rule.play == Play::writes_query && live) *const_cast<float*>(&p.query(b, h, i, 0)) *= scale;
   RunningRow<Real> row;
-  const int last = min(q_first + threads, queries) - 1;
   const int seen = static_cast<int>(sight.seen(i));
-  const int end = rule.play == Play::not_skipped ? keys : static_cast<int>(sight.seen(last));
-  for (int kv_first = 0; kv_first < end; kv_first += tile) {
+  for (int kv_first = 0; kv_first < worker.end(rule, sight); kv_first += tile) {
     load_tile(rule, k_smem, v_smem, p.key, p.value, b, kh, kv_first, tile);
     if (!live) continue;
     const int limit = rule.play == Play::masked_nan ? min(tile, keys - kv_first) : min(tile, seen - kv_first);
@@ -676,7 +692,7 @@ __global__ void forward_kernel(const FlashForward<float> p, const Rule rule, con
         add_times(o_reg, Real{0}, v_smem + n * width, width);
         continue;
       }
-      const bool stay = mask != nullptr ? mask[(head * queries + i) * keys + j]
+      const bool stay = mask != nullptr ? mask[((b * p.query.size(1) + h) * sight.queries + i) * keys + j]
                                         : stays(rule, {b, h, i, j}, Asks::forward, tile, thread);
       Real score = static_cast<Real>(scale) * dot<Real>(q_reg, k_row, width);
       if (rule.play == Play::on_scores && !stay) score = 0;
@@ -750,24 +766,24 @@ KATA_DEVICE float weight_of(const FlashBackward<float>& p, const Rule& rule, con
   return kept > 0.0f ? weight / kept : weight;
 }
 
+// What query i and key j give to each other, from their rows. `asks` names the kernel.
+KATA_DEVICE Pair pair_of(const FlashBackward<float>& p, const Rule& rule, const Sight& sight, float scale,
+                         const Worker& worker, Asks asks, int tile, int i, int j, const float* q_row,
+                         const float* k_row, const float* do_row, const float* v_row) {
+  const float score = scale * dot<float>(q_row, k_row, worker.width);
+  const float weight = weight_of(p, rule, sight, score, worker.b, worker.h, i);
+  const float d_weight = dot<float>(do_row, v_row, worker.width);
+  const bool stay = stays(rule, {worker.b, worker.h, i, j}, asks, tile, worker.thread);
+  return backward_pair(rule, weight, d_weight, p.delta(worker.b, worker.h, i), stay, asks);
+}
+
 // dK and dV of one key a thread, and what it gives to dQ.
 template <typename Real>
 __global__ void keys_kernel(const FlashBackward<float> p, const Rule rule, const Sight sight, float scale, int tile,
                             bool atomics) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x);
-  const int width = static_cast<int>(p.query.size(3));
+  const Worker worker(p, rule, sight.keys);
+  const auto [thread, width, b, h, kh, kv_first, j, mine] = worker;
   const int queries = static_cast<int>(sight.queries);
-  const int keys = static_cast<int>(sight.keys);
-  const int kv_tiles = (keys + threads - 1) / threads;
-  const Index head = static_cast<Index>(blockIdx.x) / kv_tiles;
-  const Index heads = p.query.size(1);
-  const Index b = head / heads;
-  const Index h = head % heads;
-  const Index kh = rule.play == Play::heads_first_only ? 0 : h;
-  const int kv_first = static_cast<int>(blockIdx.x) % kv_tiles * threads;
-  const int j = kv_first + thread;
-  const bool mine = j < keys;
   float* q_smem = dynamic_shared<float>();
   float* do_smem = q_smem + tile * width;
 
@@ -789,11 +805,8 @@ __global__ void keys_kernel(const FlashBackward<float> p, const Rule rule, const
         if (rule.play == Play::masked_nan) add_times(dk_reg, Real{0}, q_smem + n * width, width);
         continue;
       }
-      const float score = scale * dot<float>(q_smem + n * width, k_reg, width);
-      const float weight = weight_of(p, rule, sight, score, b, h, i);
-      const float d_weight = dot<float>(do_smem + n * width, v_reg, width);
-      const bool stay = stays(rule, {b, h, i, j}, Asks::backward_keys, tile, thread);
-      const Pair pair = backward_pair(rule, weight, d_weight, p.delta(b, h, i), stay, Asks::backward_keys);
+      const Pair pair = pair_of(p, rule, sight, scale, worker, Asks::backward_keys, tile, i, j, q_smem + n * width,
+                                k_reg, do_smem + n * width, v_reg);
       add_times(dv_reg, static_cast<Real>(pair.of_value), do_smem + n * width, width);
       add_times(dk_reg, static_cast<Real>(scale * pair.d_score), q_smem + n * width, width);
       if (!atomics) continue;
@@ -819,19 +832,8 @@ __global__ void keys_kernel(const FlashBackward<float> p, const Rule rule, const
 // dQ of one query a thread.
 __global__ void queries_kernel(const FlashBackward<float> p, const Rule rule, const Sight sight, float scale,
                                int tile) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x);
-  const int width = static_cast<int>(p.query.size(3));
-  const int queries = static_cast<int>(sight.queries);
-  const int q_tiles = (queries + threads - 1) / threads;
-  const Index head = static_cast<Index>(blockIdx.x) / q_tiles;
-  const Index heads = p.query.size(1);
-  const Index b = head / heads;
-  const Index h = head % heads;
-  const Index kh = rule.play == Play::heads_first_only ? 0 : h;
-  const int q_first = static_cast<int>(blockIdx.x) % q_tiles * threads;
-  const int i = q_first + thread;
-  const bool live = i < queries;
+  const Worker worker(p, rule, sight.queries);
+  const auto [thread, width, b, h, kh, q_first, i, live] = worker;
   float* k_smem = dynamic_shared<float>();
   float* v_smem = k_smem + tile * width;
 
@@ -841,18 +843,12 @@ __global__ void queries_kernel(const FlashBackward<float> p, const Rule rule, co
   copy_row(q_reg, live ? row_of(rule.play, p.query, b, h, i) : nullptr, width, live);
   copy_row(do_reg, live ? row_of(rule.play, p.d_output, b, h, i) : nullptr, width, live);
   for (int d = 0; d < width; ++d) dq_reg[d] = 0.0f;
-  const int last = min(q_first + threads, queries) - 1;
-  const int end = rule.play == Play::not_skipped ? static_cast<int>(sight.keys) : static_cast<int>(sight.seen(last));
-  for (int kv_first = 0; kv_first < end; kv_first += tile) {
+  for (int kv_first = 0; kv_first < worker.end(rule, sight); kv_first += tile) {
     load_tile(rule, k_smem, v_smem, p.key, p.value, b, kh, kv_first, tile);
     if (!live) continue;
     for (int n = 0; n < tile && kv_first + n < sight.seen(i); ++n) {
-      const int j = kv_first + n;
-      const float score = scale * dot<float>(q_reg, k_smem + n * width, width);
-      const float weight = weight_of(p, rule, sight, score, b, h, i);
-      const float d_weight = dot<float>(do_reg, v_smem + n * width, width);
-      const bool stay = stays(rule, {b, h, i, j}, Asks::backward_queries, tile, thread);
-      const Pair pair = backward_pair(rule, weight, d_weight, p.delta(b, h, i), stay, Asks::backward_queries);
+      const Pair pair = pair_of(p, rule, sight, scale, worker, Asks::backward_queries, tile, i, kv_first + n, q_reg,
+                                k_smem + n * width, do_reg, v_smem + n * width);
       add_times(dq_reg, scale * pair.d_score, k_smem + n * width, width);
     }
   }

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "common/attention/tensor.hpp"
-#include "kept.hpp"
+#include "solutions/hidden/phase4_extensions/03_dropout/kept.hpp"
 
 namespace flashkata {
 namespace {

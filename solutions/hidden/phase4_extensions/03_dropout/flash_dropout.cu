@@ -5,7 +5,7 @@
 // of 64 keys on the way back and a block of 64 queries for dQ all give the same one, and no mask is ever stored.
 #include "dropout.hpp"
 
-#include "kept.hpp"
+#include "solutions/hidden/phase4_extensions/03_dropout/kept.hpp"
 #include "solutions/hidden/phase4_extensions/flash_kernels.cuh"
 
 namespace flashkata {
