@@ -83,14 +83,15 @@ void multiply(const Tile& a, const Tile& b, Eigen::Ref<Matrix> c, bool add) {
     multiply_panel<ROWS, ACROSS, TRANSPOSED>(f, 0, c.rows(), col, c.data(), c.outerStride(), add);
   for (; col + LANES <= c.cols(); col += LANES)
     multiply_panel<ROWS, 1, TRANSPOSED>(f, 0, c.rows(), col, c.data(), c.outerStride(), add);
-  const Index left = c.cols() - col;  // fewer columns than a register holds
-  if (left == 0) return;
-  auto rest = c.rightCols(left);
+  if (col == c.cols()) return;
+  // Fewer columns than a register holds.
+  auto rest = c.rightCols(c.cols() - col);
   if (!add) rest.setZero();
-  if constexpr (TRANSPOSED) {
-    rest.noalias() += a.transpose() * b.rightCols(left);
-  } else {
-    rest.noalias() += a * b.rightCols(left);
+  for (Index row = 0; row < c.rows(); ++row) {
+    for (Index k = 0; k < f.depth; ++k) {
+      const float factor = TRANSPOSED ? a(k, row) : a(row, k);
+      rest.row(row) += factor * b.row(k).tail(rest.cols());
+    }
   }
 }
 

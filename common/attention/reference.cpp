@@ -128,7 +128,7 @@ void each_head(const Problem& problem, const Body& body) {
   const auto [B, H, Hk, Sq, Sk, D, Dv] = sizes_of(problem);
   const Index group = H / Hk;
   const bool worth_a_thread = Sq * Sk * (D + Dv) * group > 1'000'000;
-  parallel_for(B * Hk, worth_a_thread ? 0 : 1, [&, H = H, Hk = Hk](Index n) {
+  parallel_for(B * Hk, worth_a_thread ? 0 : 1, [&, Hk = Hk](Index n) {
     for (Index h = n % Hk * group; h < (n % Hk + 1) * group; ++h) body(n / Hk, h);
   });
 }

@@ -105,9 +105,12 @@ std::string remark() { return kernels_are_checked() ? ", every memory access of 
 
 const ExtendMain extend_main({gpu_missing_reason, take_option, show_at_end, remark});
 
+int line_counters = 0;  // how many CountLines live
+
 // A finding for each line of `space` that needs `limit` times the transactions of the best layout, or more.
 void expect_transactions_below(const std::vector<KernelProfile>& profiles, MemorySpace space, double limit,
                                std::string_view name, const std::string& unit) {
+  if (line_counters == 0) throw std::logic_error("what lines do to memory is judged, but no CountLines counted it");
 #ifdef __clang__
   limit = std::max(limit, 4.5);  // clang splits a float4 into up to four accesses, each as wide as the whole
 #endif
@@ -137,7 +140,7 @@ bool case_is_wanted() { return only_case() == 0 || running_case() != 0; }
 void watch([[maybe_unused]] bool on) {
 #if !KATA_REAL_GPU
   virtual_gpu::options().check = on;
-  virtual_gpu::options().profile = on && kernels_are_checked();
+  virtual_gpu::options().profile = on && kernels_are_checked() && (show_profile || line_counters > 0);
 #endif
 }
 
@@ -164,6 +167,9 @@ std::vector<KernelProfile> run_kernels(const std::function<void()>& launcher) {
   }
   return take_profiles();
 }
+
+CountLines::CountLines() { ++line_counters; }
+CountLines::~CountLines() { --line_counters; }
 
 #if KATA_REAL_GPU
 AnotherOrder::AnotherOrder(std::uint64_t) {}

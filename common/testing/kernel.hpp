@@ -29,6 +29,16 @@ std::vector<KernelProfile> run_kernels(const std::function<void()>& launcher);
 /// a kernel that never ran from one that nobody watched.
 bool kernels_are_judged();
 
+/// While it lives, run_kernels() also counts, for each line of a kernel, the wavefronts and sectors of its accesses.
+/// That is a third of the time of a watched run: only for who goes on to ask for them, see below.
+class CountLines {
+ public:
+  CountLines();
+  ~CountLines();
+  CountLines(const CountLines&) = delete;
+  CountLines& operator=(const CountLines&) = delete;
+};
+
 /// While it lives, the virtual GPU runs threads and blocks in a random order of that seed: what depends on the order
 /// (a race, a sum by float atomics) shows itself. A real GPU has an order of its own each time.
 class AnotherOrder {
@@ -50,7 +60,8 @@ void run_unwatched(const std::function<void()>& launcher);
 std::int64_t bytes_loaded(const std::vector<KernelProfile>& profiles, std::string_view buffer);
 std::int64_t bytes_stored(const std::vector<KernelProfile>& profiles, std::string_view buffer);
 
-/// A shared-memory access of `limit` times the least possible wavefronts or more is a finding, with its line.
+/// A shared-memory access of `limit` times the least possible wavefronts or more is a finding, with its line. The
+/// kernels ran, and this is called, while a CountLines lived.
 void expect_bank_conflicts_below(const std::vector<KernelProfile>& profiles, double limit);
 
 /// The same for the sectors of global accesses.

@@ -7,20 +7,20 @@
 namespace flashkata::virtual_gpu {
 
 StackArena::~StackArena() {
-  if (begin_ != 0) munmap(reinterpret_cast<void*>(begin_), threads_ * pitch());
+  if (begin_ != 0) munmap(reinterpret_cast<void*>(begin_), arena_bytes());
 }
 
 void StackArena::resize(std::size_t threads, std::size_t stack_bytes) {
   if (threads <= threads_ && stack_bytes == stack_bytes_) return;
-  if (begin_ != 0) munmap(reinterpret_cast<void*>(begin_), threads_ * pitch());
+  if (begin_ != 0) munmap(reinterpret_cast<void*>(begin_), arena_bytes());
   begin_ = 0;
   threads_ = threads;
   stack_bytes_ = stack_bytes;
   void* memory =
-      mmap(nullptr, threads_ * pitch(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      mmap(nullptr, arena_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   begin_ = reinterpret_cast<std::uintptr_t>(memory);
-  for (std::size_t thread = 0; thread < threads_; ++thread) {
+  for (std::size_t thread = 0; thread <= threads_; ++thread) {  // the last page is above the last stack
     mprotect(reinterpret_cast<void*>(begin_ + thread * pitch()), GUARD_BYTES, PROT_NONE);
   }
 }

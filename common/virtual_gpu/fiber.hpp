@@ -41,9 +41,11 @@ __attribute__((always_inline)) inline void switch_context(Context& here, Context
   *static_cast<Context*>(arrived.data) = arrived.fctx;
 }
 
-/// Stacks for the threads of one block, each above a page that cannot be touched.
+/// Stacks for the threads of one block, each between two pages that cannot be touched.
 class StackArena {
  public:
+  static constexpr std::size_t GUARD_BYTES = 4096;
+
   StackArena() = default;
   ~StackArena();
   StackArena(const StackArena&) = delete;
@@ -63,8 +65,8 @@ class StackArena {
   Context start(std::size_t thread, void (*function)(boost::context::detail::transfer_t)) const;
 
  private:
-  static constexpr std::size_t GUARD_BYTES = 4096;
   std::size_t pitch() const { return stack_bytes_ + GUARD_BYTES; }
+  std::size_t arena_bytes() const { return threads_ * pitch() + GUARD_BYTES; }
 
   std::uintptr_t begin_ = 0;
   std::size_t threads_ = 0;

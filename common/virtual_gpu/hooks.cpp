@@ -16,10 +16,15 @@ namespace {
 
 bool checked_kernels_exist = false;
 
-inline void announce(const void* address, unsigned bytes, AccessKind kind, const void* return_address) {
+// Inlined into the hooks, whose frame and return address it needs.
+__attribute__((always_inline)) inline void announce(const void* place, unsigned bytes, AccessKind kind) {
   Worker* worker = checking_worker;
   if (worker == nullptr) return;
-  check_access(*worker, reinterpret_cast<std::uintptr_t>(address), bytes, kind, site_of(return_address));
+  const auto address = reinterpret_cast<std::uintptr_t>(place);
+  // Most accesses are to the kernel's local variables, right above this frame. A stack that ends sooner is followed by
+  // a page that nobody can touch.
+  if (address - reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0)) < StackArena::GUARD_BYTES) return;
+  check_access(*worker, address, bytes, kind, site_of(__builtin_return_address(0)));
 }
 
 }  // namespace
@@ -30,14 +35,12 @@ bool has_checked_kernels() { return checked_kernels_exist; }
 
 using flashkata::virtual_gpu::AccessKind;
 
-#define CALLER __builtin_return_address(0)
-
 #define HOOK(name, bytes, kind) \
-  void __tsan_##name##bytes(void* p) { flashkata::virtual_gpu::announce(p, bytes, AccessKind::kind, CALLER); }
-#define UPDATE_HOOK(name, bytes)                                           \
-  void __tsan_##name##bytes(void* p) {                                     \
-    flashkata::virtual_gpu::announce(p, bytes, AccessKind::read, CALLER);  \
-    flashkata::virtual_gpu::announce(p, bytes, AccessKind::write, CALLER); \
+  void __tsan_##name##bytes(void* p) { flashkata::virtual_gpu::announce(p, bytes, AccessKind::kind); }
+#define UPDATE_HOOK(name, bytes)                                   \
+  void __tsan_##name##bytes(void* p) {                             \
+    flashkata::virtual_gpu::announce(p, bytes, AccessKind::read);  \
+    flashkata::virtual_gpu::announce(p, bytes, AccessKind::write); \
   }
 #define ACCESS_HOOKS(bytes)           \
   HOOK(read, bytes, read)             \
@@ -100,10 +103,10 @@ ACCESS_HOOKS(8)
 ACCESS_HOOKS(16)
 
 void __tsan_read_range(void* p, unsigned long bytes) {
-  flashkata::virtual_gpu::announce(p, static_cast<unsigned>(bytes), AccessKind::read, CALLER);
+  flashkata::virtual_gpu::announce(p, static_cast<unsigned>(bytes), AccessKind::read);
 }
 void __tsan_write_range(void* p, unsigned long bytes) {
-  flashkata::virtual_gpu::announce(p, static_cast<unsigned>(bytes), AccessKind::write, CALLER);
+  flashkata::virtual_gpu::announce(p, static_cast<unsigned>(bytes), AccessKind::write);
 }
 
 ATOMIC_HOOKS(8)
@@ -116,14 +119,13 @@ void __tsan_atomic_signal_fence(int) {}
 // What clang's memcpy and memset become, see the end of cuda_language.hpp. Zero bytes are no access.
 void* flashkata_checked_memcpy(void* destination, const void* source, std::size_t bytes) {
   if (bytes != 0) {
-    flashkata::virtual_gpu::announce(source, static_cast<unsigned>(bytes), AccessKind::read, CALLER);
-    flashkata::virtual_gpu::announce(destination, static_cast<unsigned>(bytes), AccessKind::write, CALLER);
+    flashkata::virtual_gpu::announce(source, static_cast<unsigned>(bytes), AccessKind::read);
+    flashkata::virtual_gpu::announce(destination, static_cast<unsigned>(bytes), AccessKind::write);
   }
   return std::memmove(destination, source, bytes);
 }
 void* flashkata_checked_memset(void* destination, int value, std::size_t bytes) {
-  if (bytes != 0)
-    flashkata::virtual_gpu::announce(destination, static_cast<unsigned>(bytes), AccessKind::write, CALLER);
+  if (bytes != 0) flashkata::virtual_gpu::announce(destination, static_cast<unsigned>(bytes), AccessKind::write);
   return std::memset(destination, value, bytes);
 }
 
@@ -156,7 +158,7 @@ void __ubsan_handle_out_of_bounds(SanitizerBounds* data, std::uintptr_t index) {
   using namespace flashkata;
   virtual_gpu::Worker* worker = virtual_gpu::checking_worker;
   if (worker == nullptr) return;
-  const virtual_gpu::Site site = virtual_gpu::site_of(CALLER);
+  const virtual_gpu::Site site = virtual_gpu::site_of(__builtin_return_address(0));
   {
     const virtual_gpu::HooksOff hooks_off;
     if (worker->sightings.is_new(FindingKind::out_of_bounds, site)) {
@@ -175,7 +177,7 @@ void __ubsan_handle_type_mismatch_v1(SanitizerMismatch* data, std::uintptr_t add
   const unsigned alignment = 1u << data->log_alignment;
   if (worker == nullptr || address % alignment == 0) return;
   flashkata::virtual_gpu::report_misaligned(*worker, address, alignment, "a vector access",
-                                            flashkata::virtual_gpu::site_of(CALLER));
+                                            flashkata::virtual_gpu::site_of(__builtin_return_address(0)));
 }
 
 }  // extern "C"

@@ -322,6 +322,7 @@ void expect_frugal(const std::function<Run()>& run, const char* output, Index lo
   constexpr Index BYTES = sizeof(float);
   reset_peak_device_bytes();
   const std::size_t input_bytes = device_bytes();
+  const CountLines lines;
   const Run result = run();
   const std::size_t own = (result.values.size() + 2 * MARGIN) * BYTES;  // Target's
   const std::size_t allocated = peak_device_bytes() - input_bytes;

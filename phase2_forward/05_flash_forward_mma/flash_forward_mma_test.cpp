@@ -367,6 +367,7 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
     ask("The 8 rows that ldmatrix reads together: in which banks does each begin? And how often does a block of "
         "queries "
         "have to read a key?");
+    const CountLines lines;
     for (const Index width : {16, 32, 64, 128}) {
       const Sizes sizes{.queries = 128, .keys = 70, .width = width};
       const Answer got = attend<bf16>(sizes, {}, noise(1), noise(2), noise(3));

@@ -108,7 +108,7 @@ void backward_tile(const Head& head, Tile& tile, Index first_query, Index first_
     } else {
       for (Index row = 0; row < height; ++row) {
         const Index seen = std::min(width, head.keys_seen_by(query + row) - first_key);
-        d_q.row(first_row + row).noalias() += ds.row(row).head(seen) * k.topRows(seen);
+        for (Index key = 0; key < seen; ++key) d_q.row(first_row + row) += ds(row, key) * k.row(key);
       }
     }
   }
