@@ -18,6 +18,7 @@
 //                 |difference| / (|result| + their root mean square); of gradients the worst
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -211,7 +212,7 @@ std::vector<Time> times_of(Communicator& ranks, int calls, const std::vector<std
     }
     std::sort(slowest.begin(), slowest.end());
     const auto at = [&](double part) {
-      return slowest[static_cast<std::size_t>(part * static_cast<double>(rounds - 1) + 0.5)];
+      return slowest[static_cast<std::size_t>(std::lround(part * static_cast<double>(rounds - 1)))];
     };
     times.push_back({at(0.5), at(0.25), at(0.75)});
   }

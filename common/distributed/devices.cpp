@@ -39,7 +39,7 @@ void copy(std::span<const std::byte> from, std::span<std::byte> to, [[maybe_unus
 
 class OneDevice : public Communicator {
  public:
-  explicit OneDevice(Stream stream) : stream_(std::move(stream)) {}
+  explicit OneDevice(const Stream& stream) : stream_(stream) {}
   int rank() const override { return 0; }
   int size() const override { return 1; }
 
