@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
@@ -185,17 +186,24 @@ class KataReporter : public doctest::IReporter {
     const auto failed = static_cast<std::size_t>(stats.numTestCasesFailed);
     const std::size_t ran = verdicts_.size();
     tests_ran = ran;
-    std::string with_case = only_case() == 0 ? "" : " with case " + std::to_string(only_case());
-    if (extension().remark) with_case += extension().remark();
+    const std::string with_case = only_case() == 0 ? "" : " with case " + std::to_string(only_case());
     const std::string label = std::string(step.label) + ": ";
+    const auto skipped = static_cast<std::size_t>(std::count_if(
+        verdicts_.begin(), verdicts_.end(), [](const Verdict& verdict) { return verdict.status == "skipped"; }));
+    const std::size_t judged = ran - skipped;
+    std::string remarks = with_case;
+    if (extension().remark) remarks += extension().remark();
+    if (skipped > 0) remarks += ", " + std::to_string(skipped) + " skipped";
     if (ran == 0) {
       std::cout << label << "no test" << with_case << " was found\n";
+    } else if (judged == 0) {
+      std::cout << label << "no test was judged" << remarks << '\n';
     } else if (failed == 0) {
-      std::cout << green(label + (ran == 1 ? "1 test passes" : "all " + std::to_string(ran) + " tests pass") +
-                         with_case)
+      std::cout << green(label + (judged == 1 ? "1 test passes" : "all " + std::to_string(judged) + " tests pass") +
+                         remarks)
                 << '\n';
     } else {
-      std::cout << label << ran - failed << " of " << ran << " tests pass" << with_case << '\n';
+      std::cout << label << judged - failed << " of " << judged << " tests pass" << remarks << '\n';
     }
     std::cout.flush();  // after a crash nothing else will
     write_summary(stats);
