@@ -149,8 +149,7 @@ std::vector<Named> problems_with_each_option() {
   return problems;
 }
 
-// ---- Comparison
-// ------------------------------------------------------------------------------------------------------
+// ---- Comparison -----------------------------------------------------------------------------------------------------
 
 template <int Rank>
 std::vector<double> elements(const Tensor<double, Rank>& tensor) {
@@ -200,8 +199,7 @@ bool identical(const Gradients& a, const Gradients& b) {
   return identical(a.query, b.query) && identical(a.key, b.key) && identical(a.value, b.value);
 }
 
-// ---- PyTorch's vectors
-// -----------------------------------------------------------------------------------------------
+// ---- PyTorch's vectors ----------------------------------------------------------------------------------------------
 
 json read_cases() {
   const std::string path = std::string(KATA_GOLDEN_DIR) + "/attention.json";
@@ -339,8 +337,7 @@ TEST_CASE("reference: forward and gradients are PyTorch's") {
                        << worst["dvalue"] << " (bound 1e-10)");
 }
 
-// ---- Gradients without PyTorch
-// ---------------------------------------------------------------------------------------
+// ---- Gradients without PyTorch --------------------------------------------------------------------------------------
 
 /// sum(doutput * output)
 double loss(const Owned& owned) {
@@ -428,8 +425,7 @@ TEST_CASE("reference: identities of the gradients") {
   }
 }
 
-// ---- What must hold exactly
-// ------------------------------------------------------------------------------------------
+// ---- What must hold exactly -----------------------------------------------------------------------------------------
 
 /// Every option that forbids, each leaving some key of each head without any query.
 std::vector<Named> problems_with_forbidden_keys() {

@@ -91,8 +91,7 @@ void expect_bad_arguments_refused(const BackwardStep<T>& step) {
            [&](Problem& p) { p.d_query = Out(gradients.data() + 2, queries); });
 }
 
-// ---- What only the virtual GPU can tell, and what only a real one has the time for
-// -----------------------------------
+// ---- What only the virtual GPU can tell, and what only a real one has the time for ----------------------------------
 
 inline bool needs_a_check() {
 #if KATA_REAL_GPU

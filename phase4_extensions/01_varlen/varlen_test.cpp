@@ -774,8 +774,7 @@ const Recognise recognise_varlen(all_numbers(), [](int number) -> std::vector<Ar
   return outputs_of(number);
 });
 
-// ---- Probes, on the CPU and on the GPU. Each begins with its question
-// ------------------------------------------------
+// ---- Probes, on the CPU and on the GPU. Each begins with its question -----------------------------------------------
 
 Batch with_seeds(Batch batch, int first) {
   for (Sequence& s : batch.sequences) s.seed = first++;
@@ -1144,8 +1143,7 @@ void expect_bad_arguments_refused(Where where) {
   }
 }
 
-// ---- What only the virtual GPU can tell, and what only a real one has the time for
-// -----------------------------------
+// ---- What only the virtual GPU can tell, and what only a real one has the time for ----------------------------------
 
 bool needs_a_check() {
 #if KATA_REAL_GPU

@@ -327,8 +327,7 @@ bool expect_others_same(const Gradients& got, Index h, const std::function<bool(
 
 const std::vector<Look> BANDS{{40, 40, 6, 3}, {20, 53, 9, 2}, {53, 20, 4, 5}};
 
-// ---- TwoLengths
-// --------------------------------------------------------------------------------------------------------
+// ---- TwoLengths -----------------------------------------------------------------------------------------------------
 
 // With left and right 0 a query has one key and a key one query: twice the tokens, twice the bytes. Whoever reads the
 // tiles on either side as well loads about four times as much.

@@ -3,13 +3,12 @@
 
 #include <chrono>
 #include <csignal>
-#include <numeric>
-#include <sstream>
 #include <thread>
 
 #include "common/testing/compare.hpp"
 #include "common/testing/ranks.hpp"
 #include "common/testing/report.hpp"
+#include "tests/distributed/exchanges.hpp"
 
 using namespace flashkata;
 using namespace flashkata::testing;
@@ -17,25 +16,12 @@ using namespace std::chrono_literals;
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-Array array_of(const std::vector<float>& numbers) {
-  return {{static_cast<Index>(numbers.size())}, {numbers.begin(), numbers.end()}};
-}
-
-// Rank r's numbers: 100 r, 100 r + 1, ...
-std::vector<float> numbers_of(int rank, std::size_t count) {
-  std::vector<float> numbers(count);
-  std::iota(numbers.begin(), numbers.end(), 100.0f * static_cast<float>(rank));
-  return numbers;
-}
-
 void exchange(Communicator& communicator, RankReport& report) {
   const int rank = communicator.rank();
   const auto ranks = static_cast<std::size_t>(communicator.size());
   // Small and large messages: MPI has other ways for the latter.
   for (const std::size_t count : {std::size_t{0}, std::size_t{3}, std::size_t{300'000}}) {
-    const std::vector<float> mine = numbers_of(rank, count);
+    const std::vector<float> mine = counted_from(rank, count);
     std::vector<float> next(count), all(ranks * count), sum(count), reduced = mine;
     Transfer transfer = communicator.shift(mine, next);
     transfer.wait();
@@ -58,7 +44,7 @@ void exchange(Communicator& communicator, RankReport& report) {
   }
   // Two exchanges at once arrive in the order in which they began, whatever is waited for first. A destructor waits.
   std::vector<float> first(2), second(5);
-  const std::vector<float> one = numbers_of(rank, 2), other = numbers_of(rank + 10, 5);
+  const std::vector<float> one = counted_from(rank, 2), other = counted_from(rank + 10, 5);
   {
     Transfer a = communicator.shift(one, first);
     Transfer b = communicator.shift(other, second);
@@ -70,7 +56,7 @@ void exchange(Communicator& communicator, RankReport& report) {
 void one_is_late(Communicator& communicator, RankReport&) {
   if (communicator.rank() == 1) std::this_thread::sleep_for(600ms);
   std::vector<float> numbers(4);
-  const std::vector<float> mine = numbers_of(communicator.rank(), 4);
+  const std::vector<float> mine = counted_from(communicator.rank(), 4);
   communicator.shift(mine, numbers).wait();
   communicator.all_reduce(numbers);
 }
@@ -136,15 +122,7 @@ bool no_ranks() {
 
 // The task fails on three ranks, says all of `words`, and takes less than `limit`.
 void expect_failure(const std::string& task, const std::vector<std::string>& words, std::chrono::seconds limit) {
-  const auto begin = Clock::now();
-  const RanksOutcome& outcome = on_ranks(3, task, 1500ms);
-  const auto took = std::chrono::duration_cast<std::chrono::seconds>(Clock::now() - begin);
-  for (const std::string& word : words) {
-    std::ostringstream sentence;
-    sentence << "of '" << task << "' should say '" << word << "', but is '" << outcome.failure << "'";
-    expect(outcome.failure.find(word) != std::string::npos, "failure", sentence.str());
-  }
-  expect(took < limit, "time", task + " took " + std::to_string(took.count()) + " s");
+  testing::expect_failure(3, 1500ms, task, words, limit);
 }
 
 }  // namespace
@@ -153,32 +131,7 @@ TEST_SUITE("tests.communicator") {
   TEST_CASE("everything arrives where it should") {
     for (const int ranks : {1, 2, 3}) {
       if (ranks > 1 && no_ranks()) return;
-      const RanksOutcome& outcome = on_ranks(ranks, "exchange");
-      if (!expect(outcome.failure.empty(), "failure", outcome.failure)) return;
-      for (int rank = 0; rank < ranks; ++rank) {
-        const auto& arrays = outcome.ranks[static_cast<std::size_t>(rank)].arrays;
-        const double previous = 100.0 * ((rank + ranks - 1) % ranks), sum = 50.0 * ranks * (ranks - 1);
-        const auto same = [&](const std::string& name, const std::vector<double>& want) {
-          expect_same_bits(name, arrays.at(name), Array{{static_cast<Index>(want.size())}, want}, {"number"},
-                           "on rank " + std::to_string(rank) + " of " + std::to_string(ranks));
-        };
-        const double last = 299'999;
-        std::vector<double> all;
-        for (int r = 0; r < ranks; ++r) {
-          for (int i = 0; i < 3; ++i) all.push_back(100.0 * r + i);
-        }
-        same("shift 0", {});
-        same("all_gather 0", {});
-        same("shift 3", {previous, previous + 1, previous + 2});
-        same("all_gather 3", all);
-        same("reduce_scatter 3", {100.0 * rank * ranks, (100.0 * rank + 1) * ranks, (100.0 * rank + 2) * ranks});
-        same("all_reduce 3", {sum, sum + ranks, sum + 2 * ranks});
-        same("shift 300000", {previous, previous + last});
-        same("all_gather 300000", {0, 100.0 * (ranks - 1) + last});
-        same("reduce_scatter 300000", {100.0 * rank * ranks, (100.0 * rank + last) * ranks});
-        same("all_reduce 300000", {sum, sum + ranks * last});
-        same("two", {previous, previous + 1, previous + 1000, previous + 1004});
-      }
+      if (!expect_exchange(ranks)) return;
     }
   }
 

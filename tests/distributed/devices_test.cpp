@@ -6,8 +6,6 @@
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
-#include <numeric>
-#include <sstream>
 #include <thread>
 
 #include "common/distributed/devices.hpp"
@@ -16,6 +14,7 @@
 #include "common/testing/ranks.hpp"
 #include "common/testing/report.hpp"
 #include "slow_kernels.hpp"
+#include "tests/distributed/exchanges.hpp"
 
 using namespace flashkata;
 using namespace flashkata::testing;
@@ -32,16 +31,7 @@ using Numbers = DeviceBuffer<float>;
 std::span<float> all_of(Numbers& numbers) { return {numbers.data(), numbers.size()}; }
 std::span<float> first_of(Numbers& numbers, std::size_t count) { return {numbers.data(), count}; }
 
-Array array_of(const std::vector<float>& numbers) {
-  return {{static_cast<Index>(numbers.size())}, {numbers.begin(), numbers.end()}};
-}
-
-// Rank r's numbers: 100 r, 100 r + 1, ...
-Numbers numbers_of(int rank, std::size_t count) {
-  std::vector<float> numbers(count);
-  std::iota(numbers.begin(), numbers.end(), 100.0f * static_cast<float>(rank));
-  return {"numbers", numbers};
-}
+Numbers numbers_of(int rank, std::size_t count) { return {"numbers", counted_from(rank, count)}; }
 
 void exchange(Communicator& devices, RankReport& report) {
   const int rank = devices.rank();
@@ -201,26 +191,12 @@ std::vector<int> numbers_of_ranks() {
 // The task fails on three ranks, or on two where there are no more GPUs, says what it should, and takes less than
 // `limit`.
 void expect_failure(const std::string& task, const std::vector<std::string>& words, std::chrono::seconds limit) {
-  const auto begin = Clock::now();
-  const RanksOutcome& outcome = on_ranks(why_not(3).empty() ? 3 : 2, task, 5s);
-  const auto took = std::chrono::duration_cast<std::chrono::seconds>(Clock::now() - begin);
-  for (const std::string& word : words) {
-    std::ostringstream sentence;
-    sentence << "of '" << task << "' should say '" << word << "', but is '" << outcome.failure << "'";
-    expect(outcome.failure.find(word) != std::string::npos, "failure", sentence.str());
-  }
-  expect(took < limit, "time", task + " took " + std::to_string(took.count()) + " s");
+  testing::expect_failure(why_not(3).empty() ? 3 : 2, 5s, task, words, limit);
 }
 
 // NCCL's ranks compare what they are about to do; MPI's find out.
 std::vector<std::string> words(std::vector<std::string> mpi, std::vector<std::string> nccl) {
   return KATA_REAL_GPU ? nccl : mpi;
-}
-
-void expect_numbers(const RanksOutcome& outcome, int rank, const std::string& name, const std::vector<double>& want) {
-  const auto& arrays = outcome.ranks[static_cast<std::size_t>(rank)].arrays;
-  expect_same_bits(name, arrays.at(name), Array{{static_cast<Index>(want.size())}, want}, {"number"},
-                   "on rank " + std::to_string(rank) + " of " + std::to_string(outcome.ranks.size()));
 }
 
 }  // namespace
@@ -229,30 +205,7 @@ TEST_SUITE("tests.devices") {
   TEST_CASE("everything arrives where it should") {
     if (skipped(1)) return;
     for (const int ranks : numbers_of_ranks()) {
-      const RanksOutcome& outcome = on_ranks(ranks, "exchange");
-      if (!expect(outcome.failure.empty(), "failure", outcome.failure)) return;
-      for (int rank = 0; rank < ranks; ++rank) {
-        const double previous = 100.0 * ((rank + ranks - 1) % ranks), sum = 50.0 * ranks * (ranks - 1);
-        const auto same = [&](const std::string& name, const std::vector<double>& want) {
-          expect_numbers(outcome, rank, name, want);
-        };
-        const double last = 299'999;
-        std::vector<double> all;
-        for (int r = 0; r < ranks; ++r) {
-          for (int i = 0; i < 3; ++i) all.push_back(100.0 * r + i);
-        }
-        same("shift 0", {});
-        same("all_gather 0", {});
-        same("shift 3", {previous, previous + 1, previous + 2});
-        same("all_gather 3", all);
-        same("reduce_scatter 3", {100.0 * rank * ranks, (100.0 * rank + 1) * ranks, (100.0 * rank + 2) * ranks});
-        same("all_reduce 3", {sum, sum + ranks, sum + 2 * ranks});
-        same("shift 300000", {previous, previous + last});
-        same("all_gather 300000", {0, 100.0 * (ranks - 1) + last});
-        same("reduce_scatter 300000", {100.0 * rank * ranks, (100.0 * rank + last) * ranks});
-        same("all_reduce 300000", {sum, sum + ranks * last});
-        same("two", {previous, previous + 1, previous + 1000, previous + 1004});
-      }
+      if (!expect_exchange(ranks)) return;
     }
   }
 
