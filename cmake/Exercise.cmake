@@ -163,11 +163,12 @@ function(kata_add_suite target folder phase)
   endif()
   doctest_discover_tests(${target} TEST_PREFIX "${prefix}/" TEST_LIST ${target}_cases
                          PROPERTIES LABELS ${phase} TIMEOUT ${seconds} SKIP_REGULAR_EXPRESSION "\\[skipped\\]")
-  # Those whose names begin with "stress:" can be chosen, or left out, by a label.
+  # Those whose names begin with "stress:" can be chosen, or left out, by a label. They look at how much of the GPU's
+  # memory is taken, so nobody else may run.
   set(script ${CMAKE_CURRENT_BINARY_DIR}/${folder}/${target}_labels.cmake)
   file(WRITE ${script} "foreach(case IN LISTS ${target}_cases)
   if(case MATCHES \"/stress:\")
-    set_tests_properties(\"\${case}\" PROPERTIES LABELS \"${phase};stress\")
+    set_tests_properties(\"\${case}\" PROPERTIES LABELS \"${phase};stress\" RUN_SERIAL ON)
   endif()
 endforeach()
 ")

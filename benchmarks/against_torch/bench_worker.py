@@ -41,6 +41,11 @@ L2_BYTES = 64 << 20  # a cache that is smaller is read in several copies, or it 
 CORES = os.sched_getaffinity(0)
 
 
+def first_words(error):
+    """The first line, and of what PyTorch says when memory runs out only what was asked for."""
+    return str(error).split("\n")[0].split(" GPU ")[0]
+
+
 class NoTime(Exception):
     def __init__(self, status, why):
         self.status, self.why = status, why
@@ -399,7 +404,7 @@ def with_peers(problem, ours, make_peers):
         except NoTime as reason:
             refused[who] = reason.why
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            refused[who] = str(error).split("\n")[0]
+            refused[who] = first_words(error)
     return runs, refused
 
 
@@ -535,10 +540,10 @@ def answer(question):
     except flashkata.NotImplementedStep as error:
         result = {"status": "not implemented", "why": error.file}
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        result = {"status": "out of memory", "why": str(error).split("\n")[0]}
+        result = {"status": "out of memory", "why": first_words(error)}
     except Exception as error:
         memory = "out of memory" in str(error)
-        result = {"status": "out of memory" if memory else "failed", "why": str(error).split("\n")[0]}
+        result = {"status": "out of memory" if memory else "failed", "why": first_words(error)}
     if result["status"] == "out of memory" and question["gpu"] and not KERNELS:
         torch.cuda.empty_cache()
     return {"problem": question, **result}
