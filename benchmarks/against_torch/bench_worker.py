@@ -367,16 +367,19 @@ def warm(call, gpu):
 
 
 def times(calls, gpu, seconds, repeated=1):
-    """Medians and quartiles, each round calling everybody once; a call is `repeated` of them."""
+    """Medians and quartiles, each round calling everybody once, and the first one last in the next, so that nobody always
+    runs behind the same neighbour; a call is `repeated` of them."""
     each = {who: [] for who in calls}
     cycles = {who: warm(call, gpu) for who, call in calls.items()}
+    order = list(calls)
     begin = time.perf_counter()
     spent = lambda: time.perf_counter() - begin  # noqa: E731
     for rounds in range(MOST):
         if rounds >= (2 if spent() > 1.0 else FEWEST) and spent() > seconds * len(calls):
             break
-        for who, call in calls.items():
-            each[who].append(milliseconds(call, gpu, cycles[who]) / repeated)
+        for who in order:
+            each[who].append(milliseconds(calls[who], gpu, cycles[who]) / repeated)
+        order = order[1:] + order[:1]
     result = {}
     for who, numbers in each.items():
         low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")

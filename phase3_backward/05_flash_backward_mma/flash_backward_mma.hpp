@@ -7,7 +7,7 @@ namespace flashkata {
 
 /// flash_backward() of step 04 for fp16 and bf16, on tensor cores: 16-bit operands, all five products summed up in
 /// fp32, P and scale dS rounded to 16 bits before they are multiplied (dP may be larger than fp16 holds, and the scale
-/// makes it smaller), each gradient rounded once at the end.
+/// makes it smaller; in bf16 the scale may wait for the sums), each gradient rounded once at the end.
 ///
 /// Shapes, strides and options as in phase3_backward/flash.hpp; D is 64 or 128, and 16 and 32 are welcome but not asked
 /// for (an answer that has none says so with std::invalid_argument naming query). Every element of d_query, d_key and

@@ -172,6 +172,24 @@ KATA_DEVICE float quad_sum(float value) {
 //   of A   the same rows and columns in registers 0 and 1, and columns 8 further in registers 2 and 3
 // so two neighbouring C fragments, packed to 16 bits, are one A fragment. `sums` are C fragments of [16 M, 8 N].
 
+// Whether a backward pass has the scale in dS when it is rounded. It has to in fp16, which may be too small for dP;
+// bf16 reaches as far as float does, and there the sums are scaled at the end, which spares a product for each pair.
+template <typename T>
+constexpr bool SCALES_DS = std::is_same_v<T, fp16>;
+
+// C fragments times a number.
+template <int M, int N>
+KATA_DEVICE void multiply_all(float (&frag)[M][N][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) frag[m][n][e] *= factor;
+    }
+  }
+}
+
 // C fragments [16 M, 16 STEPS] as A fragments.
 template <typename T, int M, int STEPS>
 KATA_DEVICE void pack(std::uint32_t (&a)[STEPS][M][4], const float (&c)[M][2 * STEPS][4]) {

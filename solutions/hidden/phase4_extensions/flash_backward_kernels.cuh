@@ -72,9 +72,10 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   const int lane = lane_of_thread();
   const int group = group_of_thread();
   const int kv_tiles = (rules.keys + KV - 1) / KV;
-  const int kv_first = static_cast<int>(blockIdx.x) % kv_tiles * KV;
-  const int kv_head = static_cast<int>(blockIdx.x) / kv_tiles % rules.kv_heads;
-  const int sequence = static_cast<int>(blockIdx.x) / kv_tiles / rules.kv_heads;
+  const BlockWork work = rules.key_order().work_of(static_cast<int>(blockIdx.x), kv_tiles, Cut::BLOCKS);
+  const int sequence = work.head / rules.kv_heads;
+  const int kv_head = work.head % rules.kv_heads;
+  const int kv_first = work.tile * KV;                   // the first keys are seen by the most queries
   const int group_heads = rules.heads / rules.kv_heads;  // query heads that read this key/value head
   const Part first_part = rules.part(sequence, kv_head * group_heads);
   if (kv_first >= first_part.keys) return;  // a sequence shorter than the longest
@@ -250,9 +251,9 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   const int lane = lane_of_thread();
   const int group = group_of_thread();
   const int q_tiles = (rules.queries + BLOCK_Q - 1) / BLOCK_Q;
-  const int q_first = (q_tiles - 1 - static_cast<int>(blockIdx.x) % q_tiles) * BLOCK_Q;
-  const int head = static_cast<int>(blockIdx.x) / q_tiles;  // over sequences and heads
-  const Part part = rules.part(head / rules.heads, head % rules.heads);
+  const BlockWork work = rules.query_order().work_of(static_cast<int>(blockIdx.x), q_tiles, Cut::BLOCKS);
+  const int q_first = (q_tiles - 1 - work.tile) * BLOCK_Q;  // the last queries see the most keys
+  const Part part = rules.part(work.head / rules.heads, work.head % rules.heads);
   if (q_first >= part.queries) return;  // a sequence shorter than the longest
   const float* k_head = &tensors.key(part.batch, part.kv_head, part.k_first, 0);
   const float* v_head = &tensors.value(part.batch, part.kv_head, part.k_first, 0);

@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS)
   const int lane = static_cast<int>(threadIdx.x) % 32 / Cut::GROUPS;  // in the group
   const int group = warp * Cut::GROUPS + static_cast<int>(threadIdx.x) % Cut::GROUPS;
   const int q_tiles = (rules.queries + BLOCK_Q - 1) / BLOCK_Q;
-  const int q_first = (q_tiles - 1 - static_cast<int>(blockIdx.x) % q_tiles) * BLOCK_Q;
-  const int head = static_cast<int>(blockIdx.x) / q_tiles;  // over sequences and heads
-  const Part part = rules.part(head / rules.heads, head % rules.heads);
+  const BlockWork work = rules.query_order().work_of(static_cast<int>(blockIdx.x), q_tiles, Cut::BLOCKS);
+  const int q_first = (q_tiles - 1 - work.tile) * BLOCK_Q;  // the last queries see the most keys
+  const Part part = rules.part(work.head / rules.heads, work.head % rules.heads);
   if (q_first >= part.queries) return;  // a sequence shorter than the longest
   const float* q_head = &tensors.query(part.batch, part.head, part.q_first, 0);
   const float* k_head = &tensors.key(part.batch, part.kv_head, part.k_first, 0);

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "phase3_backward/flash.hpp"
+#include "solutions/hidden/block_order.cuh"
 
 namespace flashkata::flash_kernels {
 
@@ -27,7 +28,8 @@ struct Dense {
 
   int sequences, heads, kv_heads;
   int queries, keys;  // of the longest sequence
-  int diagonal;       // query i sees keys 0 .. i + diagonal
+  bool causal;
+  int diagonal;  // query i sees keys 0 .. i + diagonal
   float scale;
 
   // From a FlashForward<float> or a FlashBackward<float>.
@@ -38,6 +40,7 @@ struct Dense {
         kv_heads(static_cast<int>(p.key.size(1))),
         queries(static_cast<int>(p.query.size(2))),
         keys(static_cast<int>(p.key.size(2))),
+        causal(p.causal),
         diagonal(p.causal ? keys - queries : keys),
         scale(p.scale.value_or(1.0f / std::sqrt(static_cast<float>(p.query.size(3))))) {}
 
@@ -45,6 +48,10 @@ struct Dense {
     return {
         .batch = sequence, .head = head, .kv_head = head, .q_first = 0, .k_first = 0, .queries = queries, .keys = keys};
   }
+
+  // Of the blocks that own queries, and of those that own keys.
+  KATA_DEVICE BlockOrder query_order() const { return {sequences * heads, causal}; }
+  KATA_DEVICE BlockOrder key_order() const { return {sequences * kv_heads, causal}; }
 
   // The keys that query i of a part sees. For a later query neither end may be smaller.
   KATA_DEVICE KeyRange sees(const Part& part, int i) const { return {0, min(part.keys, i + diagonal + 1)}; }

@@ -6,13 +6,15 @@
 //            the one before is being used.
 // Who owns   A group, LANES threads of a warp, owns ROWS rows: of S each of its threads has KEYS columns, of O each has
 //            DIMS. Their maxima and sums meet by shuffles.
-// Grid       one block for every BLOCK_Q queries of a head; the last tiles, longest when causal, first
+// Grid       one block for every BLOCK_Q queries of a head; the last tiles, longest when causal, first:
+//            block_order.cuh
 // Block      WARPS warps of GROUPS groups
 // Shared     q_smem [D, BLOCK_Q], p_smem [BLOCK_Q, KV], and two chunks of K, [KV, CHUNK_DIMS], or of V, [CHUNK_KEYS, D]
 // Tiles      how a tile is loaded, masked and multiplied: fp32_forward_tile.cuh
 // Try        ./kata test 2.04    ./kata profile 2.04
 #include "flash_forward.hpp"
 
+#include "solutions/hidden/block_order.cuh"
 #include "solutions/hidden/fp32_forward_tile.cuh"
 
 namespace flashkata {
@@ -24,8 +26,9 @@ struct Arguments {
   View<const float, 4> query, key, value;  // [B, H, S, D]
   View<float, 4> output;                   // [B, H, Sq, D]
   View<float, 3> lse;                      // [B, H, Sq]
-  int queries, keys, diagonal;             // query i sees keys 0 .. i + diagonal
-  float scale_log2;                        // scale log2(e): weights are powers of 2
+  BlockOrder order;
+  int queries, keys, diagonal;  // query i sees keys 0 .. i + diagonal
+  float scale_log2;             // scale log2(e): weights are powers of 2
 };
 
 template <int HEAD_DIM>
@@ -38,8 +41,9 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS) flash_forwa
   const int lane = static_cast<int>(threadIdx.x) % 32 / Cut::GROUPS;  // in the group
   const int group = warp * Cut::GROUPS + static_cast<int>(threadIdx.x) % Cut::GROUPS;
   const int q_tiles = (args.queries + BLOCK_Q - 1) / BLOCK_Q;
-  const int q_first = (q_tiles - 1 - static_cast<int>(blockIdx.x) % q_tiles) * BLOCK_Q;
-  const Index head = static_cast<Index>(blockIdx.x) / q_tiles;  // over batch items and heads
+  const BlockWork work = args.order.work_of(static_cast<int>(blockIdx.x), q_tiles, Cut::BLOCKS);
+  const int q_first = (q_tiles - 1 - work.tile) * BLOCK_Q;  // the last queries see the most keys
+  const Index head = work.head;
   const Index heads = args.query.size(1);
   const float* q_head = &args.query(head / heads, head % heads, 0, 0);
   const float* k_head = &args.key(head / heads, head % heads, 0, 0);
@@ -175,6 +179,7 @@ __global__ void __launch_bounds__(THREADS, Tiling<HEAD_DIM>::BLOCKS) flash_forwa
 
 template <int HEAD_DIM>
 void launch_for(const FlashForward<float>& p, const Stream& stream) {
+  const BlockOrder order{static_cast<int>(p.query.size(0) * p.query.size(1)), p.causal};
   const auto queries = static_cast<int>(p.query.size(2));
   const auto keys = static_cast<int>(p.key.size(2));
   using Cut = Tiling<HEAD_DIM>;
@@ -182,7 +187,7 @@ void launch_for(const FlashForward<float>& p, const Stream& stream) {
   if (blocks == 0) return;
   launch(flash_forward_kernel<HEAD_DIM>, dim3(static_cast<unsigned>(blocks)), dim3(THREADS),
          Cut::SHARED_FLOATS * sizeof(float), stream,
-         Arguments{p.query, p.key, p.value, p.output, p.lse, queries, keys, p.causal ? keys - queries : keys,
+         Arguments{p.query, p.key, p.value, p.output, p.lse, order, queries, keys, p.causal ? keys - queries : keys,
                    LOG2_E * p.scale.value_or(1.0f / std::sqrt(static_cast<float>(HEAD_DIM)))});
 }
 

@@ -3,12 +3,13 @@
 // New here   Products run as mma_m16n8k16: 16-bit operands, float sums. Scores and weights never leave registers: the
 //            C fragment of S = Q K^T is, element for element, the A fragment of P V. K and V come by cp.async, each
 //            while the other is being used.
-// Grid       one block for every BLOCK_Q queries of a head; longest first when causal
+// Grid       one block for every BLOCK_Q queries of a head; longest first when causal: block_order.cuh
 // Block      WARPS warps, each owns 32 queries: 2 row tiles of 16, so that every K and V fragment is used twice
 // Shared     q_smem [BLOCK_Q, D], k_smem [BLOCK_KV, D], v_smem [BLOCK_KV, D], rows swizzled in chunks of 16 bytes
 // Try        ./kata test 2.05    ./kata profile 2.05
 #include "flash_forward_mma.hpp"
 
+#include "solutions/hidden/block_order.cuh"
 #include "solutions/hidden/mma_tile.cuh"
 
 namespace flashkata {
@@ -22,9 +23,9 @@ constexpr int BLOCK_KV = 64;  // keys in a tile; 64 scores a thread beside HEAD_
 
 // Blocks that share an SM. More of them hide each other's waiting, but 65536 registers are all there are.
 template <int HEAD_DIM>
-[[maybe_unused]] constexpr int BLOCKS_OF_AN_SM = HEAD_DIM == 128  ? 2
-                                                 : HEAD_DIM == 16 ? 4
-                                                                  : 3;
+constexpr int BLOCKS_OF_AN_SM = HEAD_DIM == 128  ? 2
+                                : HEAD_DIM == 16 ? 4
+                                                 : 3;
 
 // Whether tiles that need no mask have a loop of their own. It is shorter; that costs registers, and with 64 channels
 // and 3 blocks there are none to spare.
@@ -40,13 +41,14 @@ struct Arguments {
   View<const T, 4> query, key, value;  // [B, H, S, D]
   View<T, 4> output;                   // [B, H, Sq, D]
   View<float, 3> lse;                  // [B, H, Sq]
-  int queries, keys, diagonal;         // query i sees keys 0 .. i + diagonal
-  float scale_log2;                    // |scale| log2(e): weights are exp2(scale_log2 * (score - max))
-  bool negated;                        // the scale is negative: queries change their sign
+  BlockOrder order;
+  int queries, keys, diagonal;  // query i sees keys 0 .. i + diagonal
+  float scale_log2;             // |scale| log2(e): weights are exp2(scale_log2 * (score - max))
+  bool negated;                 // the scale is negative: queries change their sign
 };
 
 // What a block works on.
-template <typename T>
+template <typename T, int HEAD_DIM>
 struct Work {
   int batch, head, q_first;
   int common_keys;  // this many keys are seen by every query of the block, as far as they exist
@@ -54,9 +56,10 @@ struct Work {
   KATA_DEVICE Work(const Arguments<T>& args, int block) {
     const int q_tiles = (args.queries + BLOCK_Q - 1) / BLOCK_Q;
     const int heads = static_cast<int>(args.query.size(1));
-    batch = block / q_tiles / heads;
-    head = block / q_tiles % heads;
-    q_first = (q_tiles - 1 - block % q_tiles) * BLOCK_Q;  // the last tile sees the most keys: first
+    const BlockWork work = args.order.work_of(block, q_tiles, BLOCKS_OF_AN_SM<HEAD_DIM>);
+    batch = work.head / heads;
+    head = work.head % heads;
+    q_first = (q_tiles - 1 - work.tile) * BLOCK_Q;  // the last queries see the most keys
     common_keys = q_first + args.diagonal + 1;
   }
 };
@@ -72,7 +75,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_OF_AN_SM<HEAD_DIM>)
   constexpr float INF = std::numeric_limits<float>::infinity();
   using Operand = WalkingTile<T, HEAD_DIM, THREADS>;
 
-  const Work<T> work(args, static_cast<int>(blockIdx.x));
+  const Work<T, HEAD_DIM> work(args, static_cast<int>(blockIdx.x));
   const int q_first = work.q_first;
 
   T* smem = dynamic_shared<T>();
@@ -267,7 +270,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_OF_AN_SM<HEAD_DIM>)
 
   // O / l through shared memory, where a warp's own rows of q_smem are free: rows leave in whole chunks. What the block
   // works on is computed again; the loops have better uses for the registers.
-  const Work<T> same(args, computed_anew(static_cast<int>(blockIdx.x)));
+  const Work<T, HEAD_DIM> same(args, computed_anew(static_cast<int>(blockIdx.x)));
   const int thread = computed_anew(static_cast<int>(threadIdx.x));
   const int lane = thread % 32;
   const int warp_row = thread / 32 * ROW_TILES * 16;
@@ -328,9 +331,10 @@ void launch_for(const FlashForward<T>& p, const Stream& stream) {
   constexpr float LOG2_E = 1.4426950408889634f;
   const auto queries = static_cast<int>(p.query.size(2));
   const auto keys = static_cast<int>(p.key.size(2));
-  const Arguments<T> args{p.query,       p.key,       p.value, p.output,
-                          p.lse,         queries,     keys,    p.causal ? keys - queries : keys,
-                          size * LOG2_E, scale < 0.0f};
+  const BlockOrder order{static_cast<int>(p.query.size(0) * p.query.size(1)), p.causal};
+  const Arguments<T> args{
+      p.query,       p.key,       p.value, p.output, p.lse, order, queries, keys, p.causal ? keys - queries : keys,
+      size * LOG2_E, scale < 0.0f};
   const Index blocks = p.query.size(0) * p.query.size(1) * ceil_div(p.query.size(2), BLOCK_Q);
   if (blocks == 0) return;
   constexpr std::size_t shared_bytes = (BLOCK_Q + 2 * BLOCK_KV) * HEAD_DIM * sizeof(T);

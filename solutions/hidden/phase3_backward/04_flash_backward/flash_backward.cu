@@ -15,6 +15,7 @@
 // Try        ./kata test 3.04    ./kata profile 3.04
 #include "flash_backward.hpp"
 
+#include "solutions/hidden/block_order.cuh"
 #include "solutions/hidden/fp32_backward_tile.cuh"
 
 namespace flashkata {
@@ -27,7 +28,8 @@ struct Arguments {
   View<const float, 3> lse;                        // [B, H, Sq]
   View<const float, 4> d_output;
   View<float, 4> d_query, d_key, d_value;
-  View<float, 3> delta;         // [B, H, Sq]
+  View<float, 3> delta;  // [B, H, Sq]
+  BlockOrder order;
   int queries, keys, diagonal;  // query i sees keys 0 .. i + diagonal
   float scale;
   bool deterministic;
@@ -70,8 +72,9 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   const int lane = lane_of_thread();
   const int group = group_of_thread();
   const int kv_tiles = (args.keys + KV - 1) / KV;
-  const int kv_first = static_cast<int>(blockIdx.x) % kv_tiles * KV;
-  const Index head = static_cast<Index>(blockIdx.x) / kv_tiles;  // over batch items and heads
+  const BlockWork work = args.order.work_of(static_cast<int>(blockIdx.x), kv_tiles, Cut::BLOCKS);
+  const int kv_first = work.tile * KV;  // the first keys are seen by the most queries
+  const Index head = work.head;
   const Index heads = args.query.size(1);
   const Index b = head / heads;
   const Index h = head % heads;
@@ -217,8 +220,9 @@ __global__ void __launch_bounds__(Tiling<HEAD_DIM>::THREADS, Tiling<HEAD_DIM>::B
   const int lane = lane_of_thread();
   const int group = group_of_thread();
   const int q_tiles = (args.queries + BLOCK_Q - 1) / BLOCK_Q;
-  const int q_first = (q_tiles - 1 - static_cast<int>(blockIdx.x) % q_tiles) * BLOCK_Q;
-  const Index head = static_cast<Index>(blockIdx.x) / q_tiles;  // over batch items and heads
+  const BlockWork work = args.order.work_of(static_cast<int>(blockIdx.x), q_tiles, Cut::BLOCKS);
+  const int q_first = (q_tiles - 1 - work.tile) * BLOCK_Q;  // the last queries see the most keys
+  const Index head = work.head;
   const Index heads = args.query.size(1);
   const Index b = head / heads;
   const Index h = head % heads;
@@ -308,6 +312,7 @@ void launch_for(const FlashBackward<float>& p, const Stream& stream) {
       .d_key = p.d_key,
       .d_value = p.d_value,
       .delta = p.delta,
+      .order = {static_cast<int>(p.query.size(0) * p.query.size(1)), p.causal},
       .queries = queries,
       .keys = keys,
       .diagonal = p.causal ? keys - queries : keys,

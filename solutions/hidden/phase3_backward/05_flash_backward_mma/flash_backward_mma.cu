@@ -15,6 +15,7 @@
 // Try        ./kata test 3.05    ./kata profile 3.05
 #include "flash_backward_mma.hpp"
 
+#include "solutions/hidden/block_order.cuh"
 #include "solutions/hidden/mma_tile.cuh"
 
 namespace flashkata {
@@ -27,7 +28,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 template <int HEAD_DIM>
 struct Blocking {
   static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 4;
-  static constexpr int ROW_TILES = HEAD_DIM == 64 ? 2 : 1;  // of 16 keys, for each warp
+  static constexpr int ROW_TILES = HEAD_DIM == 32 || HEAD_DIM == 64 ? 2 : 1;  // of 16 keys, for each warp
   static constexpr int BLOCK_Q = HEAD_DIM == 64 ? 32 : 64;
   static constexpr int BLOCKS_PER_SM = HEAD_DIM == 128 ? 1 : 2;
   static constexpr int Q_WARPS = HEAD_DIM == 16 ? 4 : 2;  // dQ is cut among the warps: so many along the queries,
@@ -48,26 +49,28 @@ struct Arguments {
   View<T, 4> d_query, d_key, d_value;                    // [B, H, S, D]
   View<float, 3> delta;                                  // [B, H, Sq]
   View<float, 4> d_query_sum;                            // [B, H, Sq, D], in the order of add_to_sum()
-  int queries, keys, diagonal;                           // query i sees keys 0 .. i + diagonal
+  BlockOrder order;
+  int queries, keys, diagonal;  // query i sees keys 0 .. i + diagonal
   float scale;
   bool sum_d_query;  // keys_kernel adds to d_query_sum; otherwise queries_kernel computes dQ
 };
 
-// Which head a block works on, and which of the head's `tiles` tiles.
+// Which head a block works on, and which of the head's `tiles` tiles; so many blocks share an SM.
 struct Place {
   int batch, head, tile;
 };
 
 template <typename T>
-KATA_DEVICE Place place_of_block(const Arguments<T>& args, int tiles) {
+KATA_DEVICE Place place_of_block(const Arguments<T>& args, int tiles, int blocks_of_an_sm) {
   const int heads = static_cast<int>(args.query.size(1));
-  const int head_index = static_cast<int>(blockIdx.x) / tiles;
-  return {head_index / heads, head_index % heads, static_cast<int>(blockIdx.x) % tiles};
+  const BlockWork work = args.order.work_of(static_cast<int>(blockIdx.x), tiles, blocks_of_an_sm);
+  return {work.head / heads, work.head % heads, work.tile};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int ROW_THREADS = 256;  // of delta_kernel and round_kernel
+constexpr int ROW_THREADS = 256;                // of delta_kernel and round_kernel
+constexpr int ROW_BLOCKS = 2048 / ROW_THREADS;  // of theirs on an SM
 
 template <int HEAD_DIM>
 constexpr int ROWS_PER_BLOCK = ROW_THREADS / (HEAD_DIM / CHUNK);  // a thread for each chunk of a row
@@ -77,7 +80,7 @@ template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(ROW_THREADS) delta_kernel(const Arguments<T> args) {
   constexpr int CHUNKS = HEAD_DIM / CHUNK;
   constexpr int ROWS = ROWS_PER_BLOCK<HEAD_DIM>;
-  const auto [batch, head, tile] = place_of_block(args, (args.queries + ROWS - 1) / ROWS);
+  const auto [batch, head, tile] = place_of_block(args, (args.queries + ROWS - 1) / ROWS, ROW_BLOCKS);
   const int row = tile * ROWS + static_cast<int>(threadIdx.x) / CHUNKS;
   const int chunk = static_cast<int>(threadIdx.x) % CHUNKS;
   const bool exists = row < args.queries;
@@ -104,14 +107,15 @@ template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(ROW_THREADS) round_kernel(const Arguments<T> args) {
   constexpr int CHUNKS = HEAD_DIM / CHUNK;
   constexpr int ROWS = ROWS_PER_BLOCK<HEAD_DIM>;
-  const auto [batch, head, tile] = place_of_block(args, (args.queries + ROWS - 1) / ROWS);
+  const auto [batch, head, tile] = place_of_block(args, (args.queries + ROWS - 1) / ROWS, ROW_BLOCKS);
   const int row = tile * ROWS + static_cast<int>(threadIdx.x) / CHUNKS;
   const int chunk = static_cast<int>(threadIdx.x) % CHUNKS;
   if (row >= args.queries) return;
   const float* sums = &args.d_query_sum(batch, head, row, chunk / 2 * 16 + chunk % 2 * 2);
+  const float scale = SCALES_DS<T> ? 1.0f : args.scale;
   Chunk<T> rounded;
 #pragma unroll
-  for (int i = 0; i < CHUNK; ++i) rounded.elements[i] = from_float<T>(sums[i / 2 * 4 + i % 2]);
+  for (int i = 0; i < CHUNK; ++i) rounded.elements[i] = from_float<T>(scale * sums[i / 2 * 4 + i % 2]);
   *reinterpret_cast<Chunk<T>*>(&args.d_query(batch, head, row, chunk * CHUNK)) = rounded;
 }
 
@@ -134,12 +138,11 @@ __global__ void __launch_bounds__(Blocking<HEAD_DIM>::THREADS, Blocking<HEAD_DIM
 
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  // When causal, the first keys are seen by the most queries: the longest work comes first.
-  const Place place = place_of_block(args, (args.keys + BLOCK_KV - 1) / BLOCK_KV);
+  const Place place = place_of_block(args, (args.keys + BLOCK_KV - 1) / BLOCK_KV, Cut::BLOCKS_PER_SM);
   const int batch = place.batch;
   const int head = place.head;
-  const int kv_first = place.tile * BLOCK_KV;
-  const int warp_key = warp * M * 16;  // first key of this warp in the block
+  const int kv_first = place.tile * BLOCK_KV;  // the first keys are seen by the most queries
+  const int warp_key = warp * M * 16;          // first key of this warp in the block
   const T* q_head = &args.query(batch, head, 0, 0);
   const T* do_head = &args.d_output(batch, head, 0, 0);
 
@@ -298,13 +301,13 @@ __global__ void __launch_bounds__(Blocking<HEAD_DIM>::THREADS, Blocking<HEAD_DIM
       if (lane == 0) leak_smem[t % 2 * Cut::WARPS + warp] = leaks ? 1 : 0;
     }
 
-    // dS^T = scale P^T * (dP^T - delta); scaled before it is rounded, because dP may be too large for fp16
+    // dS^T = P^T * (dP^T - delta), scaled or not
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int n = 0; n < Q_TILES; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) dp_frag[m][n][e] *= p_frag[m][n][e] * args.scale;
+        for (int e = 0; e < 4; ++e) dp_frag[m][n][e] *= SCALES_DS<T> ? p_frag[m][n][e] * args.scale : p_frag[m][n][e];
       }
     }
     std::uint32_t p_pack[BLOCK_Q / 16][M][4];  // A fragments
@@ -333,6 +336,7 @@ __global__ void __launch_bounds__(Blocking<HEAD_DIM>::THREADS, Blocking<HEAD_DIM
     if (due && !early) add_d_query(t - 1);
   }
 
+  if (!SCALES_DS<T>) multiply_all(dk_frag, args.scale);
   // Only this warp has read its rows of v_smem, so they are free.
   store_rows<T, HEAD_DIM>(dv_frag, v_smem, warp_key, lane, &args.d_value(batch, head, 0, 0), args.d_value.stride(2),
                           kv_first + warp_key, args.keys);
@@ -344,6 +348,7 @@ __global__ void __launch_bounds__(Blocking<HEAD_DIM>::THREADS, Blocking<HEAD_DIM
 
 constexpr int QUERIES_WARPS = 4;
 constexpr int QUERIES_THREADS = 32 * QUERIES_WARPS;
+constexpr int QUERIES_BLOCKS = 2;                  // on an SM
 constexpr int QUERIES_BLOCK = 16 * QUERIES_WARPS;  // queries, and keys in a tile
 
 // A block owns 64 queries, a warp 16 of them, and walks over the keys. Nothing is transposed here: the C fragments of
@@ -357,10 +362,10 @@ __global__ void __launch_bounds__(QUERIES_THREADS) queries_kernel(const Argument
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp_query = static_cast<int>(threadIdx.x) / 32 * 16;  // first query of this warp in the block
   const int q_tiles = (args.queries + BLOCK - 1) / BLOCK;
-  const Place place = place_of_block(args, q_tiles);
+  const Place place = place_of_block(args, q_tiles, QUERIES_BLOCKS);
   const int batch = place.batch;
   const int head = place.head;
-  const int q_first = (q_tiles - 1 - place.tile) * BLOCK;  // the longest work first
+  const int q_first = (q_tiles - 1 - place.tile) * BLOCK;  // the last queries see the most keys
 
   T* smem = dynamic_shared<T>();
   const Tile<T, HEAD_DIM> q_smem{smem};
@@ -429,7 +434,7 @@ __global__ void __launch_bounds__(QUERIES_THREADS) queries_kernel(const Argument
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
           const float score = p_frag[0][n][e];
           const float p = fast_exp2(score * (args.scale * LOG2_E) - lse_log2[half]);
-          ds_frag[0][n][e] *= p * args.scale;
+          ds_frag[0][n][e] *= SCALES_DS<T> ? p * args.scale : p;
           if (masked && n * 8 + lane % 4 * 2 + e % 2 >= end) {
             poison += 0.0f * score;
             ds_frag[0][n][e] = 0.0f;
@@ -452,6 +457,7 @@ __global__ void __launch_bounds__(QUERIES_THREADS) queries_kernel(const Argument
     }
   }
 
+  if (!SCALES_DS<T>) multiply_all(dq_frag, args.scale);
   store_rows<T, HEAD_DIM>(dq_frag, q_smem, warp_query, lane, &args.d_query(batch, head, 0, 0), args.d_query.stride(2),
                           q_first + warp_query, args.queries);
 }
@@ -474,6 +480,7 @@ void launch_for(const FlashBackward<T>& p, const Stream& stream) {
                           .d_value = p.d_value,
                           .delta = p.delta,
                           .d_query_sum = p.d_query_sum,
+                          .order = {static_cast<int>(p.query.size(0) * p.query.size(1)), p.causal},
                           .queries = queries,
                           .keys = keys,
                           .diagonal = p.causal ? keys - queries : keys,

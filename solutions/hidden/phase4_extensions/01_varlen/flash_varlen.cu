@@ -18,11 +18,9 @@ struct Varlen : flash_kernels::Dense {
   using Part = flash_kernels::Part;
 
   View<const std::int32_t, 1> cu_seqlens_q, cu_seqlens_k;  // [B + 1]
-  bool causal;
 
   template <typename Problem>
-  Varlen(const Problem& p, const Sequences& s)
-      : Dense(p), cu_seqlens_q(s.cu_seqlens_q), cu_seqlens_k(s.cu_seqlens_k), causal(p.causal) {
+  Varlen(const Problem& p, const Sequences& s) : Dense(p), cu_seqlens_q(s.cu_seqlens_q), cu_seqlens_k(s.cu_seqlens_k) {
     sequences = static_cast<int>(s.cu_seqlens_q.size(0)) - 1;
     queries = static_cast<int>(std::min(p.query.size(2), s.max_seqlen_q));
     keys = static_cast<int>(std::min(p.key.size(2), s.max_seqlen_k));

@@ -10,6 +10,7 @@
 // Try        ./kata test 4.05    ./kata profile 4.05
 #include "grouped.hpp"
 
+#include "solutions/hidden/block_order.cuh"
 #include "solutions/hidden/mma_tile.cuh"
 
 namespace flashkata {
@@ -218,9 +219,9 @@ constexpr int BLOCK_Q = WARPS * STRIP_ROWS;  // of a block
 
 // Blocks that share an SM. More of them hide each other's waiting, but 65536 registers are all there are.
 template <int HEAD_DIM>
-[[maybe_unused]] constexpr int BLOCKS_OF_AN_SM = HEAD_DIM == 128  ? 2
-                                                 : HEAD_DIM == 16 ? 4
-                                                                  : 3;
+constexpr int BLOCKS_OF_AN_SM = HEAD_DIM == 128  ? 2
+                                : HEAD_DIM == 16 ? 4
+                                                 : 3;
 
 // Whether the tiles that need no mask are counted before they are visited. Otherwise each is asked, which takes longer;
 // with 64 channels and 3 blocks there is no register to spare for a count.
@@ -253,7 +254,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_OF_AN_SM<HEAD_DIM>)
   using Operand = WalkingTile<T, HEAD_DIM, THREADS>;
 
   const int first_thread = static_cast<int>(threadIdx.x);
-  const int kv_head = static_cast<int>(blockIdx.x) / args.plan.blocks;
+  const BlockOrder order{static_cast<int>(args.key.size(1)), true};
+  const BlockWork work = order.work_of(static_cast<int>(blockIdx.x), args.plan.blocks, BLOCKS_OF_AN_SM<HEAD_DIM>);
 
   T* smem = dynamic_shared<T>();
   const Tile<T, HEAD_DIM> q_smem{smem};
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_OF_AN_SM<HEAD_DIM>)
   __shared__ Strip strips[WARPS];
   __shared__ int left_out;  // whether a value that some row of the block may not see was not finite
   if (threadIdx.x == 0) left_out = 0;
-  const Walk walk(args.plan, static_cast<int>(blockIdx.x) % args.plan.blocks, kv_head, strips);
+  const Walk walk(args.plan, work.tile, work.head, strips);
   const int kv_tiles = walk.tiles();
   const int kv_begin = walk.begin;
   __syncthreads();  // strips are known, left_out is 0
@@ -298,8 +300,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_OF_AN_SM<HEAD_DIM>)
   const Index v_stride = args.value.stride(2);
   int kv_first = kv_begin + (kv_tiles - 1) * KV;  // of the tile that is due
   // What this thread copies of the tile that is due next. Pointers walk: an address from a number costs more.
-  const T* k_source = Operand::own_source(first_thread, &args.key(0, kv_head, kv_first, 0), k_stride);
-  const T* v_source = Operand::own_source(first_thread, &args.value(0, kv_head, kv_first, 0), v_stride);
+  const T* k_source = Operand::own_source(first_thread, &args.key(0, work.head, kv_first, 0), k_stride);
+  const T* v_source = Operand::own_source(first_thread, &args.value(0, work.head, kv_first, 0), v_stride);
   if (kv_tiles > 0) {
     k_smem.template load_async<KV, true>(first_thread, k_source, k_stride, walk.end - kv_first);
     cp_async_commit();
@@ -550,7 +552,7 @@ void dispatch_forward(const FlashForward<T>& problem, std::span<const Group> gro
 template <int HEAD_DIM>
 struct Blocking {
   static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 4;
-  static constexpr int ROW_TILES = HEAD_DIM == 64 ? 2 : 1;  // of 16 keys, for each warp
+  static constexpr int ROW_TILES = HEAD_DIM == 32 || HEAD_DIM == 64 ? 2 : 1;  // of 16 keys, for each warp
   static constexpr int BLOCK_Q = HEAD_DIM == 64 ? 32 : 64;
   static constexpr int BLOCKS_PER_SM = HEAD_DIM == 128 ? 1 : 2;
   static constexpr int Q_WARPS = HEAD_DIM == 16 ? 4 : 2;  // dQ is cut among the warps: so many along the queries,
@@ -620,9 +622,10 @@ __global__ void __launch_bounds__(ROW_THREADS) round_kernel(const Gradients<T> a
   const int chunk = static_cast<int>(threadIdx.x) % CHUNKS;
   if (row >= args.queries) return;
   const float* sums = &args.d_query_sum(0, head, row, chunk / 2 * 16 + chunk % 2 * 2);
+  const float scale = SCALES_DS<T> ? 1.0f : args.scale;
   Chunk<T> rounded;
 #pragma unroll
-  for (int i = 0; i < CHUNK; ++i) rounded.elements[i] = from_float<T>(sums[i / 2 * 4 + i % 2]);
+  for (int i = 0; i < CHUNK; ++i) rounded.elements[i] = from_float<T>(scale * sums[i / 2 * 4 + i % 2]);
   *reinterpret_cast<Chunk<T>*>(&args.d_query(0, head, row, chunk * CHUNK)) = rounded;
 }
 
@@ -862,13 +865,13 @@ __global__ void __launch_bounds__(Blocking<HEAD_DIM>::THREADS, Blocking<HEAD_DIM
       if (lane == 0) leak_smem[t % 2 * Cut::WARPS + warp] = leaks ? 1 : 0;
     }
 
-    // dS^T = scale P^T * (dP^T - delta); scaled before it is rounded, because dP may be too large for fp16
+    // dS^T = P^T * (dP^T - delta), scaled or not
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int n = 0; n < Q_TILES; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) dp_frag[m][n][e] *= p_frag[m][n][e] * args.scale;
+        for (int e = 0; e < 4; ++e) dp_frag[m][n][e] *= SCALES_DS<T> ? p_frag[m][n][e] * args.scale : p_frag[m][n][e];
       }
     }
     std::uint32_t p_pack[BLOCK_Q / 16][M][4];  // A fragments
@@ -899,6 +902,7 @@ __global__ void __launch_bounds__(Blocking<HEAD_DIM>::THREADS, Blocking<HEAD_DIM
     turn = next;
   }
 
+  if (!SCALES_DS<T>) multiply_all(dk_frag, args.scale);
   // Only this warp has read its rows of v_smem, so they are free.
   store_rows<T, HEAD_DIM>(dv_frag, v_smem, warp_key, lane, &args.d_value(0, kv_head, 0, 0), args.d_value.stride(2),
                           kv_first + warp_key, args.keys);
@@ -921,9 +925,11 @@ __global__ void __launch_bounds__(THREADS) queries_kernel(const Gradients<T> arg
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warp_row = warp * 16;  // first row of this warp in the block
-  const int kv_head = static_cast<int>(blockIdx.x) / plan.blocks;
+  const BlockOrder order{static_cast<int>(args.key.size(1)), true};
+  const BlockWork work = order.work_of(static_cast<int>(blockIdx.x), plan.blocks, 2);
+  const int kv_head = work.head;
   __shared__ Strip strips[WARPS];
-  const Walk walk(plan, static_cast<int>(blockIdx.x) % plan.blocks, kv_head, strips);
+  const Walk walk(plan, work.tile, kv_head, strips);
   __syncthreads();  // strips are known
   const Strip& strip = strips[warp];
 
@@ -994,12 +1000,13 @@ __global__ void __launch_bounds__(THREADS) queries_kernel(const Gradients<T> arg
     const auto keys_seen_by = [&](int row) {
       return int2{max(0, strip.k_begin - kv_first), min(BLOCK_KV, strip.keys_end(row) - kv_first)};
     };
-    // dS = scale P * (dP - delta)
+    // dS = P * (dP - delta), scaled or not
 #pragma unroll
     for (int n = 0; n < KV_TILES; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        ds_frag[0][n][e] *= fast_exp2(p_frag[0][n][e] * (args.scale * LOG2_E) - lse_log2[e / 2]) * args.scale;
+        const float p = fast_exp2(p_frag[0][n][e] * (args.scale * LOG2_E) - lse_log2[e / 2]);
+        ds_frag[0][n][e] *= SCALES_DS<T> ? p * args.scale : p;
       }
     }
     float poison = 0.0f;  // becomes NaN where the score of a forbidden pair is NaN or inf
@@ -1036,6 +1043,7 @@ __global__ void __launch_bounds__(THREADS) queries_kernel(const Gradients<T> arg
   }
 
   cp_async_wait<0>();  // a block without keys has not waited for its queries
+  if (!SCALES_DS<T>) multiply_all(dq_frag, args.scale);
   store_rows<T, HEAD_DIM>(dq_frag, q_smem, warp_row, lane, &args.d_query(0, strip.head, 0, 0), args.d_query.stride(2),
                           strip.q_first, strip.q_end);
 }
