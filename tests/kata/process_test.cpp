@@ -3,7 +3,10 @@
 #include <doctest/doctest.h>
 
 #include <csignal>
+#include <cstdlib>
 #include <filesystem>
+
+#include "failure.hpp"
 
 using namespace kata;
 
@@ -40,6 +43,27 @@ TEST_SUITE("process") {
     command.folder = "/";
     command.setting = {{"KATA_SETTING", "set"}};
     CHECK(run(command).output == "fed\n/\nset\n");
+  }
+
+  TEST_CASE("input that finds no room is an error that names the folder") {
+    const char* before = std::getenv("TMPDIR");
+    const std::string kept = before == nullptr ? "" : before;
+    Command command;
+    command.argv = {"cat"};
+    command.input = "fed\n";
+    ::setenv("TMPDIR", "/nowhere", 1);
+    std::string what;
+    try {
+      run(command);
+    } catch (const Failure& failure) {
+      what = failure.what();
+    }
+    if (before == nullptr) {
+      ::unsetenv("TMPDIR");
+    } else {
+      ::setenv("TMPDIR", kept.c_str(), 1);
+    }
+    CHECK(what == "cannot write to /nowhere: No such file or directory");
   }
 
   TEST_CASE("a program that does not exist never started") {

@@ -103,11 +103,17 @@ std::vector<char*> pointers(std::vector<std::string>& texts) {
 int open_input(const std::string& text) {
   if (text.empty()) return ::open("/dev/null", O_RDONLY | O_CLOEXEC);
   // A file without a name, rather than a pipe that somebody would have to keep feeding.
-  std::string path = "/tmp/kata.XXXXXX";
+  const char* chosen = std::getenv("TMPDIR");
+  const std::string folder = chosen != nullptr && *chosen != '\0' ? chosen : "/tmp";
+  std::string path = folder + "/kata.XXXXXX";
   const int file = ::mkstemp(path.data());
-  if (file < 0) return ::open("/dev/null", O_RDONLY | O_CLOEXEC);
-  ::unlink(path.c_str());
-  [[maybe_unused]] const auto written = ::write(file, text.data(), text.size());
+  if (file >= 0) ::unlink(path.c_str());
+  const auto size = static_cast<ssize_t>(text.size());
+  if (file < 0 || ::write(file, text.data(), text.size()) != size) {
+    const std::string why = std::strerror(errno);
+    if (file >= 0) ::close(file);
+    throw Failure("cannot write to " + folder + ": " + why, "make room there, or set TMPDIR");
+  }
   ::lseek(file, 0, SEEK_SET);
   ::fcntl(file, F_SETFD, FD_CLOEXEC);
   return file;
