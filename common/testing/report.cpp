@@ -49,7 +49,9 @@ std::size_t tests_ran = 0;
 
 bool stdout_has_colours() {
   const char* no_color = std::getenv("NO_COLOR");
-  return isatty(STDOUT_FILENO) == 1 && (no_color == nullptr || *no_color == '\0');
+  const char* forced = std::getenv("CLICOLOR_FORCE");  // by whoever shows our output later
+  return (isatty(STDOUT_FILENO) == 1 || (forced != nullptr && *forced != '\0')) &&
+         (no_color == nullptr || *no_color == '\0');
 }
 
 std::string styled(const char* code, const std::string& text) {

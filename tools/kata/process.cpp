@@ -11,6 +11,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 #include "failure.hpp"
 #ifdef __linux__
@@ -165,6 +166,9 @@ Outcome run(const Command& command) {
   auto argv = pointers(arguments);
   auto env = pointers(environment);
   const std::string folder = command.folder.string();
+  // One at a time up to exec: a child of another thread would take along the ends of pipes that are being made.
+  static std::mutex starting;
+  std::unique_lock<std::mutex> alone(starting);
   Pipe output;
   Pipe report;
   const int input = open_input(command.input);
@@ -184,6 +188,7 @@ Outcome run(const Command& command) {
   report.close_write();
   int error = 0;
   outcome.started = ::read(report.read_end, &error, sizeof error) == 0;  // closed unwritten by a successful exec
+  alone.unlock();
 
   Lines lines(command.on_line);
   std::array<char, 1 << 16> buffer{};

@@ -1,5 +1,7 @@
 #include "suite.hpp"
 
+#include <atomic>
+#include <future>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
@@ -61,7 +63,9 @@ double time_limit(const Step& step) { return step.kind == "cpu" ? 60 : 300; }
 
 namespace {
 
-SuiteRun run_program(const Step& step, const fs::path& program, const SuiteOptions& options) {
+// on_tick is called a few times a second with the seconds so far.
+SuiteRun run_program(const fs::path& program, const SuiteOptions& options, std::function<void(double)> on_tick,
+                     bool shown_later = false) {
   const ScratchFolder scratch;
   const auto summary_file = scratch.path() / "summary.json";
   Command command;
@@ -73,19 +77,9 @@ SuiteRun run_program(const Step& step, const fs::path& program, const SuiteOptio
   command.give_up = options.give_up;
   command.folder = options.folder;
   command.ends_politely = false;  // doctest would report Ctrl-C as a crash
-  ProgressLine progress("running " + step.title());
-  double next_word = 2;
-  command.on_tick = [&](double seconds) {
-    if (!options.show) return progress.tick();
-    if (seconds < next_word) return;
-    // The test itself writes to the terminal, so whole lines only, and few.
-    std::cerr << "  " << step.title() << " runs for " << seconds_text(seconds) << ", at most "
-              << seconds_text(options.limit_s) << std::endl;
-    next_word += 10;
-  };
-  std::cout << std::flush;
+  command.on_tick = std::move(on_tick);
+  if (shown_later && Terminal::out().colour) command.setting = {{"CLICOLOR_FORCE", "1"}};
   auto outcome = run(command);
-  progress.clear();
   SuiteRun result;
   if (const auto text = read_file(summary_file)) result.summary = parse_summary(*text);
   if (outcome.signal != 0 || outcome.timed_out) result.summary.reset();
@@ -102,11 +96,45 @@ SuiteRun run_program(const Step& step, const fs::path& program, const SuiteOptio
 }  // namespace
 
 SuiteRun run_suite(const Step& step, const SuiteOptions& options) {
-  SuiteRun run = run_program(step, step.test, options);
-  if (step.check.empty() || !run.summary || run.summary->not_implemented) return run;
-  // Also when numbers are wrong: a race shows there as wrong numbers, here as a race, with its line.
-  SuiteRun checked = run_program(step, step.check, options);
-  checked.seconds += run.seconds;
+  ProgressLine progress("running " + step.title());
+  double next_word = 2;
+  const auto on_tick = [&](double seconds) {
+    if (!options.show) return progress.tick();
+    if (seconds < next_word) return;
+    // The test itself writes to the terminal, so whole lines only, and few.
+    std::cerr << "  " << step.title() << " runs for " << seconds_text(seconds) << ", at most "
+              << seconds_text(options.limit_s) << std::endl;
+    next_word += 10;
+  };
+  std::cout << std::flush;
+  if (step.check.empty()) return run_program(step.test, options, on_tick);
+
+  // The watched program runs at the same time, unseen: neither of them keeps two cores busy throughout.
+  std::atomic<bool> unwanted = false;
+  SuiteOptions unseen = options;
+  unseen.show = false;
+  unseen.give_up = [&] { return unwanted.load(); };
+  auto watched = std::async(std::launch::async, [&] { return run_program(step.check, unseen, {}, options.show); });
+  SuiteRun run;
+  try {
+    run = run_program(step.test, options, on_tick);
+  } catch (...) {
+    unwanted = true;
+    throw;
+  }
+  // Its word counts also when numbers are wrong: a race shows there as wrong numbers, here as a race, with its line.
+  if (!run.summary || run.summary->not_implemented) {
+    unwanted = true;
+    return run;
+  }
+  for (double seconds = run.seconds; watched.wait_for(std::chrono::milliseconds(20)) != std::future_status::ready;) {
+    on_tick(seconds += 0.02);
+    if (options.give_up && options.give_up()) unwanted = true;
+  }
+  progress.clear();
+  SuiteRun checked = watched.get();
+  if (options.show) std::cout << checked.output << std::flush;
+  checked.seconds = std::max(run.seconds, checked.seconds);
   checked.output = run.output + checked.output;
   if (!checked.summary) return checked;
   if (run.exit_code != 0) checked.exit_code = run.exit_code;
