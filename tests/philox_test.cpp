@@ -2,7 +2,6 @@
 // DEShawResearch/random123, the lines "philox4x32 10".
 #include "phase4_extensions/03_dropout/philox.hpp"
 
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <array>

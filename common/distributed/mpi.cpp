@@ -138,7 +138,8 @@ class MpiCommunicator : public Communicator {
     if (error != MPI_SUCCESS) fail(what + ": " + text_of(error));
   }
 
-  // MPI_Wait with a limit. More ranks than cores: who waits lets the others work.
+  // MPI_Wait with a limit. More ranks than cores: who waits lets the others work. It soon sleeps: asking
+  // again and again, seven of eight ranks would take more time than the one that works.
   template <typename What>
   void wait_for(MPI_Request& request, MPI_Status& status, const What& what) {
     const auto begin = Clock::now();
@@ -154,7 +155,7 @@ class MpiCommunicator : public Communicator {
       if (Clock::now() - begin > limit_) {
         fail(what(MPI_SUCCESS) + " since " + std::to_string(limit_.count()) + " ms");
       }
-      if (tries < 1000) {
+      if (tries < 20) {
         std::this_thread::yield();
       } else {
         std::this_thread::sleep_for(std::chrono::microseconds(100));

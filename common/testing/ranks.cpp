@@ -187,7 +187,7 @@ class Folder {
 
 // Ranks of one machine, more than it has cores, also for root (in a container). Whatever a user has set stays.
 void prepare_environment() {
-  constexpr std::array<std::pair<const char*, const char*>, 12> settings{{
+  constexpr std::array<std::pair<const char*, const char*>, 13> settings{{
       {"OMPI_ALLOW_RUN_AS_ROOT", "1"},
       {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
       {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
@@ -201,6 +201,7 @@ void prepare_environment() {
       {"PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"},
       {"PRTE_MCA_hwloc_default_binding_policy", "none"},
       {"OMPI_MCA_btl_sm_single_copy_mechanism", "none"},
+      {"HWLOC_COMPONENTS", "-pci"},  // nobody wants to know what devices there are: each rank would look at all
   }};
   for (const auto& [name, value] : settings) setenv(name, value, 0);
 }

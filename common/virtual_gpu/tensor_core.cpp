@@ -16,19 +16,18 @@ struct MmaArgument {
   const float* c;
 };
 
-template <typename T>
-void unpack(std::uint32_t pair, float& low, float& high) {
-  low = to_float(T{static_cast<std::uint16_t>(pair & 0xffff)});
-  high = to_float(T{static_cast<std::uint16_t>(pair >> 16)});
-}
+// The 8 columns of a row, as a vector: what g++ makes of loops over plain arrays is mostly shuffling.
+using Row = float __attribute__((vector_size(32)));
 
-// The fragment layout is written down in common/gpu/mma.hpp.
+float* elements(Row* rows) { return reinterpret_cast<float*>(rows); }
+
+// The fragment layout is written down in common/gpu/mma.hpp. Each element of c is summed from k = 0 on.
 template <typename T>
 void multiply(Worker& worker, void* const* arguments, std::uint32_t) {
   ++worker.events.matrix_products;
-  alignas(64) float a[16][16];
-  alignas(64) float b[16][8];
-  alignas(64) float c[16][8];
+  T packed_a[16 * 16], packed_b[16 * 8];
+  float a[16 * 16];
+  Row b[16], c[16];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& fragment = *static_cast<const MmaArgument*>(arguments[lane]);
     const int group = lane / 4;
@@ -36,25 +35,28 @@ void multiply(Worker& worker, void* const* arguments, std::uint32_t) {
     for (int i = 0; i < 4; ++i) {
       const int row = group + i % 2 * 8;
       const int col = pair + i / 2 * 8;
-      unpack<T>(fragment.a[i], a[row][col], a[row][col + 1]);
-      c[group + i / 2 * 8][pair + i % 2] = fragment.c[i];
+      packed_a[row * 16 + col] = T{static_cast<std::uint16_t>(fragment.a[i] & 0xffff)};
+      packed_a[row * 16 + col + 1] = T{static_cast<std::uint16_t>(fragment.a[i] >> 16)};
     }
     for (int i = 0; i < 2; ++i) {
       const int row = pair + i * 8;
-      unpack<T>(fragment.b[i], b[row][group], b[row + 1][group]);
+      packed_b[row * 8 + group] = T{static_cast<std::uint16_t>(fragment.b[i] & 0xffff)};
+      packed_b[(row + 1) * 8 + group] = T{static_cast<std::uint16_t>(fragment.b[i] >> 16)};
+      std::memcpy(elements(c) + (group + i * 8) * 8 + pair, fragment.c + 2 * i, 2 * sizeof(float));
     }
   }
+  for (int i = 0; i < 16 * 16; ++i) a[i] = to_float(packed_a[i]);
+  for (int i = 0; i < 16 * 8; ++i) elements(b)[i] = to_float(packed_b[i]);
   for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) {
-      const float factor = a[row][k];
-      for (int col = 0; col < 8; ++col) c[row][col] += factor * b[k][col];
-    }
+    for (int k = 0; k < 16; ++k) c[row] += a[row * 16 + k] * b[k];
   }
   for (int lane = 0; lane < 32; ++lane) {
     float* d = static_cast<const MmaArgument*>(arguments[lane])->d;
     const int group = lane / 4;
     const int pair = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) d[i] = c[group + i / 2 * 8][pair + i % 2];
+    for (int i = 0; i < 2; ++i) {
+      std::memcpy(d + 2 * i, elements(c) + (group + i * 8) * 8 + pair, 2 * sizeof(float));
+    }
   }
 }
 

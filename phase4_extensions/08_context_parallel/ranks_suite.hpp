@@ -302,8 +302,9 @@ inline const RanksOutcome* outcome_on(int ranks, const std::string& task, const 
 /// For Recognise: what the three ranks of a task said of a case.
 inline std::vector<Array> outputs_on_ranks(const std::string& task, int number, const std::string& form,
                                            bool backward) {
-  // What this run has not asked for is not looked at either; without a test, as for fingerprints, everything is.
-  if (!tasks_begun().empty() && !tasks_begun().contains(task)) throw NotImplemented("not asked for");
+  // What the tests so far have not asked for is not looked at either; without a test, as for fingerprints, everything
+  // is.
+  if (doctest::is_running_in_test && !tasks_begun().contains(task)) throw NotImplemented("not asked for");
   std::vector<Array> outputs;
   for (const RankReport& report : on_ranks(3, task).ranks) {
     const auto missing = report.missing.find(key(number, form, backward, ""));
