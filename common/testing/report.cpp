@@ -47,11 +47,15 @@ Running running;
 KeepFindings* keeper = nullptr;
 std::size_t tests_ran = 0;
 
+bool is_set(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value != nullptr && *value != '\0' && std::string(value) != "0";
+}
+
 bool stdout_has_colours() {
-  const char* no_color = std::getenv("NO_COLOR");
-  const char* forced = std::getenv("CLICOLOR_FORCE");  // by whoever shows our output later
-  return (isatty(STDOUT_FILENO) == 1 || (forced != nullptr && *forced != '\0')) &&
-         (no_color == nullptr || *no_color == '\0');
+  const char* no_color = std::getenv("NO_COLOR");  // whatever it is set to, https://no-color.org says
+  if (no_color != nullptr && *no_color != '\0') return false;
+  return isatty(STDOUT_FILENO) == 1 || is_set("CLICOLOR_FORCE");  // by whoever shows our output later
 }
 
 std::string styled(const char* code, const std::string& text) {
