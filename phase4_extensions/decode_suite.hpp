@@ -580,15 +580,6 @@ bool expect_repeatable(const DecodeCall<T>& call, const DecodeOptions& options) 
 
 // ---- Traffic, which only the virtual GPU counts ---------------------------------------------------------------------
 
-inline bool decode_needs_a_check() {
-#if KATA_REAL_GPU
-  skip("counts bytes, which only the virtual GPU does: ./kata test in a build without CUDA, or ncu");
-  return true;
-#else
-  return false;
-#endif
-}
-
 struct DecodeTraffic {
   Index key, value, shared;
 };

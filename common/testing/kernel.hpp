@@ -29,6 +29,9 @@ std::vector<KernelProfile> run_kernels(const std::function<void()>& launcher);
 /// a kernel that never ran from one that nobody watched.
 bool kernels_are_judged();
 
+/// For a test of what kernels move: true on a real GPU, where nobody counts it, and the test case is skipped.
+bool needs_a_check();
+
 /// While it lives, run_kernels() also counts, for each line of a kernel, the wavefronts and sectors of its accesses.
 /// That is a third of the time of a watched run: only for who goes on to ask for them, see below.
 class CountLines {

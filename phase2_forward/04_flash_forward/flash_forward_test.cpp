@@ -149,15 +149,6 @@ Traffic traffic_of(Index queries, Index keys, bool causal) {
   return traffic;
 }
 
-bool needs_a_check() {
-#if KATA_REAL_GPU
-  skip("counts bytes, which only the virtual GPU does: ./kata test in a build without CUDA, or ncu");
-  return true;
-#else
-  return false;
-#endif
-}
-
 bool needs_a_gpu() {
 #if KATA_REAL_GPU
   return false;

@@ -93,15 +93,6 @@ void expect_bad_arguments_refused(const BackwardStep<T>& step) {
 
 // ---- What only the virtual GPU can tell, and what only a real one has the time for ----------------------------------
 
-inline bool needs_a_check() {
-#if KATA_REAL_GPU
-  skip("counts bytes, which only the virtual GPU does: ./kata test in a build without CUDA, or ncu");
-  return true;
-#else
-  return false;
-#endif
-}
-
 template <typename T>
 bool needs_a_gpu([[maybe_unused]] const BackwardStep<T>& step) {
 #if KATA_REAL_GPU

@@ -1145,15 +1145,6 @@ void expect_bad_arguments_refused(Where where) {
 
 // ---- What only the virtual GPU can tell, and what only a real one has the time for ----------------------------------
 
-bool needs_a_check() {
-#if KATA_REAL_GPU
-  skip("counts bytes, which only the virtual GPU does: ./kata test in a build without CUDA, or ncu");
-  return true;
-#else
-  return false;
-#endif
-}
-
 // A short call, so that nobody takes an unfilled stub for a skipped test.
 bool needs_a_gpu() {
 #if KATA_REAL_GPU

@@ -282,7 +282,7 @@ TEST_SUITE("phase4.06_split_kv") {
     ask("4 query heads read the same key. How many times does it come from global memory, and whose time is that? And "
         "the "
         "slots behind the length?");
-    if (decode_needs_a_check()) return;
+    if (needs_a_check()) return;
     for (const auto& [heads, queries] : {std::array<Index, 2>{1, 1}, {4, 1}, {1, 4}, {6, 1}, {8, 2}}) {
       if (!expect_loaded_once(step.fp32, "key", "value", heads, queries)) return;
       if (!expect_loaded_once(step.brain, "key", "value", heads, queries)) return;
@@ -291,7 +291,7 @@ TEST_SUITE("phase4.06_split_kv") {
 
   TEST_CASE("no row of scores is kept in shared memory") {
     ask("For how many keys at once does your block hold scores? What if there were a million keys?");
-    if (decode_needs_a_check()) return;
+    if (needs_a_check()) return;
     if (expect_no_row_of_scores(step.fp32, "key", "value")) expect_no_row_of_scores(step.half, "key", "value");
   }
 

@@ -575,7 +575,7 @@ TEST_SUITE("phase4.07_paged_kv") {
   TEST_CASE("a key is loaded once for the heads of its group") {
     ask("4 query heads read the same key. How many times does it come from global memory? And the slots behind the "
         "length?");
-    if (decode_needs_a_check()) return;
+    if (needs_a_check()) return;
     for (const auto& [heads, queries] : {std::array<Index, 2>{1, 1}, {4, 1}, {8, 2}}) {
       if (!expect_loaded_once(step.fp32, "key_pages", "value_pages", heads, queries)) return;
       if (!expect_loaded_once(step.brain, "key_pages", "value_pages", heads, queries)) return;
