@@ -115,18 +115,14 @@ SuiteRun run_suite(const Step& step, const SuiteOptions& options) {
   unseen.show = false;
   unseen.give_up = [&] { return unwanted.load(); };
   auto watched = std::async(std::launch::async, [&] { return run_program(step.check, unseen, {}, options.show); });
-  SuiteRun run;
-  try {
-    run = run_program(step.test, options, on_tick);
-  } catch (...) {
-    unwanted = true;
-    throw;
-  }
+  // Whoever leaves before it has ended does not wait for its end.
+  const struct Leaving {
+    std::atomic<bool>& unwanted;
+    ~Leaving() { unwanted = true; }
+  } leaving{unwanted};
+  SuiteRun run = run_program(step.test, options, on_tick);
   // Its word counts also when numbers are wrong: a race shows there as wrong numbers, here as a race, with its line.
-  if (!run.summary || run.summary->not_implemented) {
-    unwanted = true;
-    return run;
-  }
+  if (!run.summary || run.summary->not_implemented) return run;
   for (double seconds = run.seconds; watched.wait_for(std::chrono::milliseconds(20)) != std::future_status::ready;) {
     on_tick(seconds += 0.02);
     if (options.give_up && options.give_up()) unwanted = true;
