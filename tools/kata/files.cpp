@@ -212,10 +212,15 @@ FolderLock::~FolderLock() {
   if (file_ >= 0) ::close(file_);
 }
 
+fs::path temporary_folder() {
+  const char* chosen = std::getenv("TMPDIR");
+  return chosen != nullptr && *chosen != '\0' ? chosen : "/tmp";
+}
+
 ScratchFolder::ScratchFolder() {
-  std::string name = (fs::temp_directory_path() / "kata.XXXXXX").string();
+  std::string name = (temporary_folder() / "kata.XXXXXX").string();
   if (::mkdtemp(name.data()) == nullptr) {
-    throw Failure("cannot make a folder in " + fs::temp_directory_path().string() + ": " + std::strerror(errno),
+    throw Failure("cannot make a folder in " + temporary_folder().string() + ": " + std::strerror(errno),
                   "make room there, or set TMPDIR to a folder that has some");
   }
   path_ = name;

@@ -64,6 +64,9 @@ class FolderLock {
   int file_ = -1;
 };
 
+/// Where what is needed for a while is kept: TMPDIR, or /tmp.
+fs::path temporary_folder();
+
 /// A folder that goes away with its owner.
 class ScratchFolder {
  public:

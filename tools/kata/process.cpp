@@ -14,6 +14,7 @@
 #include <mutex>
 
 #include "failure.hpp"
+#include "files.hpp"
 #ifdef __linux__
 #include <sys/prctl.h>
 #endif
@@ -104,8 +105,7 @@ std::vector<char*> pointers(std::vector<std::string>& texts) {
 int open_input(const std::string& text) {
   if (text.empty()) return ::open("/dev/null", O_RDONLY | O_CLOEXEC);
   // A file without a name, rather than a pipe that somebody would have to keep feeding.
-  const char* chosen = std::getenv("TMPDIR");
-  const std::string folder = chosen != nullptr && *chosen != '\0' ? chosen : "/tmp";
+  const std::string folder = temporary_folder().string();
   std::string path = folder + "/kata.XXXXXX";
   const int file = ::mkstemp(path.data());
   if (file >= 0) ::unlink(path.c_str());
