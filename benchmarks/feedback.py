@@ -17,8 +17,8 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,19 +32,19 @@ def processor_seconds():
     return used.ru_utime + used.ru_stime
 
 
+def run(command):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def seconds(*commands):
     """How long they take side by side, on the clock and of the processor; ends the program if one fails."""
     used, began = processor_seconds(), time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [open(Path(folder) / str(number), "w+") for number in range(len(commands))]
-        programs = [subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) for command, log in zip(commands, logs)]
-        codes = [program.wait() for program in programs]
-        taken = time.perf_counter() - began, processor_seconds() - used
-        for command, code, log in zip(commands, codes, logs):
-            log.seek(0)
-            if code != 0:
-                sys.exit(f"{' '.join(map(str, command))} failed:\n{log.read()}")
-            log.close()
+    with ThreadPoolExecutor() as side_by_side:
+        results = list(side_by_side.map(run, commands))
+    taken = time.perf_counter() - began, processor_seconds() - used
+    for command, result in zip(commands, results):
+        if result.returncode != 0:
+            sys.exit(f"{' '.join(map(str, command))} failed:\n{result.stdout}")
     return taken
 
 

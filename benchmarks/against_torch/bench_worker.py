@@ -542,10 +542,8 @@ def answer(question):
         result = {"status": "refused", "why": str(error)}
     except flashkata.NotImplementedStep as error:
         result = {"status": "not implemented", "why": error.file}
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        result = {"status": "out of memory", "why": first_words(error)}
     except Exception as error:
-        memory = "out of memory" in str(error)
+        memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)
         result = {"status": "out of memory" if memory else "failed", "why": first_words(error)}
     if result["status"] == "out of memory" and question["gpu"] and not KERNELS:
         torch.cuda.empty_cache()
