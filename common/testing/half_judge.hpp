@@ -24,6 +24,16 @@ constexpr double roundoff() {
   return std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, fp16> ? 0x1p-11 : 0x1p-8;
 }
 
+/// The largest error of rounding `value` to T. fp16 runs out of exponents at 2^-14: below, its spacing stays 2^-24.
+template <typename T>
+double rounding_error(double value) {
+  return std::max(roundoff<T>() * std::abs(value), std::is_same_v<T, fp16> ? 0x1p-25 : 0.0);
+}
+
+/// The root mean square of many rounding errors is this part of the largest: sqrt(1 / 6), because errors are spread
+/// evenly within half a spacing, and numbers within a factor of 2.
+constexpr double TYPICAL_ERROR = 0.408;
+
 template <typename T>
 double rounded(double value) {
   return static_cast<double>(to_float(from_float<T>(static_cast<float>(value))));
@@ -61,8 +71,8 @@ HalfErrors half_errors(const Array& got, const Array& want, const Array& baselin
     squares += error * error;
     if (!(error <= errors.worst)) errors.worst = error;
     // An honest result may be right by luck, a rounded one is not wrong by less than this on the whole.
-    const double least = roundoff<T>() * std::abs(want.values[i]);
-    honest_squares += std::max(honest * honest, 0.16 * least * least);
+    const double least = rounding_error<T>(want.values[i]);
+    honest_squares += std::max(honest * honest, std::pow(TYPICAL_ERROR * least, 2));
     honest_worst = std::max({honest_worst, honest, least});
     floor = std::max(floor, arithmetic.relative * arithmetic.magnitude.values[i]);
   }

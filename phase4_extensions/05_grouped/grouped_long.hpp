@@ -8,35 +8,42 @@ namespace flashkata::testing::grouped {
 struct Sampled {
   Array exact{{1, 1, 0, 0}, {}}, honest = exact, size = exact;
 
-  void add(Index width, const std::vector<double>& row, const std::vector<double>& rounded_row,
+  void add(Index width, const std::vector<double>& row, const std::vector<double>& honest_row,
            const std::vector<double>& size_row) {
     for (Array* array : {&exact, &honest, &size}) {
       ++array->shape[2];
       array->shape[3] = width;
     }
     exact.values.insert(exact.values.end(), row.begin(), row.end());
-    honest.values.insert(honest.values.end(), rounded_row.begin(), rounded_row.end());
+    honest.values.insert(honest.values.end(), honest_row.begin(), honest_row.end());
     size.values.insert(size.values.end(), size_row.begin(), size_row.end());
   }
 };
 
-// A row of a sum of products, exactly, as honest rounding makes it, and with every sign made positive.
+// A row of a sum of products: exactly, with every sign made positive, and as wrong as the roundings of each first
+// factor and of the sum make it on the whole. Not as wrong as such roundings happen to make it: few rows are looked at,
+// in some of them a single product decides, and its rounding may be lucky in one way of computing it and not in
+// another.
+template <typename T>
 struct Sum {
-  explicit Sum(Index width) : exact(static_cast<std::size_t>(width), 0.0), honest(exact), size(exact) {}
-  void add(double factor, double honest_factor, double factor_size, const float* row) {
+  explicit Sum(Index width) : exact(static_cast<std::size_t>(width), 0.0), squares(exact), size(exact) {}
+  void add(double factor, double factor_size, const float* row) {
+    const double factor_error = TYPICAL_ERROR * rounding_error<T>(factor);
     for (std::size_t d = 0; d < exact.size(); ++d) {
       const auto number = static_cast<double>(row[d]);
       exact[d] += factor * number;
-      honest[d] += honest_factor * number;
+      squares[d] += std::pow(factor_error * number, 2);
       size[d] += factor_size * std::abs(number);
     }
   }
-  template <typename T>
-  void append_to(Sampled& sampled) {
-    for (double& number : honest) number = rounded<T>(number);
+  void append_to(Sampled& sampled) const {
+    std::vector<double> honest = exact;
+    for (std::size_t d = 0; d < exact.size(); ++d) {
+      honest[d] += std::sqrt(squares[d] + std::pow(TYPICAL_ERROR * rounding_error<T>(exact[d]), 2));
+    }
     sampled.add(static_cast<Index>(exact.size()), exact, honest, size);
   }
-  std::vector<double> exact, honest, size;
+  std::vector<double> exact, squares, size;  // squares of errors
 };
 
 inline double dot(const float* one, const float* other, Index width, double* size = nullptr) {
@@ -121,12 +128,12 @@ bool expect_long(const Grouped& g, bool back, bool deterministic, Taken& taken) 
     }
     double sum = 0.0;
     for (const double score : scores) sum += std::exp(score - top);
-    Sum row(width);
+    Sum<T> row(width);
     for (Index j = seen.begin; j < seen.end; ++j) {
       const double weight = std::exp(scores[static_cast<std::size_t>(j - seen.begin)] - top) / sum;
-      row.add(weight, rounded<T>(weight), weight, &v(0, h / shared, j, 0));
+      row.add(weight, weight, &v(0, h / shared, j, 0));
     }
-    row.template append_to<T>(output);
+    row.append_to(output);
     ++lse.shape[2];
     lse.values.push_back(seen.count() > 0 ? top + std::log(sum) : top);
   }
@@ -160,18 +167,17 @@ bool expect_long(const Grouped& g, bool back, bool deterministic, Taken& taken) 
   };
   Sampled d_query, d_key, d_value;
   for (const auto& [h, i] : queries) {
-    Sum row(width);
+    Sum<T> row(width);
     const Range seen = seen_by(g, i);
     const double delta = delta_of(h, i);
     for (Index j = seen.begin; j < seen.end; ++j) {
-      pair(h, i, j, delta,
-           [&, h = h](double, double ds, double size) { row.add(ds, rounded<T>(ds), size, &k(0, h / shared, j, 0)); });
+      pair(h, i, j, delta, [&, h = h](double, double ds, double size) { row.add(ds, size, &k(0, h / shared, j, 0)); });
     }
-    row.template append_to<T>(d_query);
+    row.append_to(d_query);
   }
   const Places keys = places(g, /*of_keys=*/true);
   for (const auto& [hk, j] : keys) {
-    Sum of_key(width), of_value(width);
+    Sum<T> of_key(width), of_value(width);
     for (Index h = hk * shared; h < (hk + 1) * shared; ++h)
       for (const Group& group : g.groups)
         for (Index i = group.q_begin; i < group.q_end; ++i) {
@@ -179,12 +185,12 @@ bool expect_long(const Grouped& g, bool back, bool deterministic, Taken& taken) 
               keys_seen(g.causal, i - group.q_begin, group.q_end - group.q_begin, group.k_end - group.k_begin);
           if (j < group.k_begin || j >= group.k_begin + seen) continue;
           pair(h, i, j, delta_of(h, i), [&](double weight, double ds, double size) {
-            of_key.add(ds, rounded<T>(ds), size, &q(0, h, i, 0));
-            of_value.add(weight, rounded<T>(weight), weight, &d_o(0, h, i, 0));
+            of_key.add(ds, size, &q(0, h, i, 0));
+            of_value.add(weight, weight, &d_o(0, h, i, 0));
           });
         }
-    of_key.template append_to<T>(d_key);
-    of_value.template append_to<T>(d_value);
+    of_key.append_to(d_key);
+    of_value.append_to(d_value);
   }
   const auto right = [&](const char* name, const Array& all, const Places& where, const Sampled& want,
                          const Axes& axes) {
