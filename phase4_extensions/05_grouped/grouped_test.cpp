@@ -581,17 +581,24 @@ TEST_SUITE("phase4.05_grouped") {
     const Inputs in = random_of<bf16>(g, 7);
     const ForwardAnswer want = attend(fused<bf16>(), g, in);
     const Gradients gradients = go_back(fused_backward<bf16>(), g, in, {want.output, want.lse});
-    const std::size_t before = bytes_taken();
-    for (int again = 0; again < 10; ++again) {
-      if (!expect_same(attend(fused<bf16>(), g, in), want, "in a later call") ||
-          !expect_same(go_back(fused_backward<bf16>(), g, in, {want.output, want.lse}), gradients, "in a later call")) {
-        return;
+    // Others may be using the GPU as well, so it is a leak only if more is taken after every one of three rounds.
+    constexpr std::size_t LITTLE = std::size_t{16} << 20;
+    std::size_t before = 0, after = 0;
+    for (int round = 0; round == 0 || (round < 3 && after > before + LITTLE); ++round) {
+      before = bytes_taken();
+      for (int again = 0; again < 10; ++again) {
+        if (!expect_same(attend(fused<bf16>(), g, in), want, "in a later call") ||
+            !expect_same(go_back(fused_backward<bf16>(), g, in, {want.output, want.lse}), gradients,
+                         "in a later call")) {
+          return;
+        }
       }
+      after = bytes_taken();
     }
-    const std::size_t after = bytes_taken();
-    figures(mebibytes(before) + " of the GPU taken after the first call, " + mebibytes(after) + " after ten more");
-    expect(after <= before + (std::size_t{16} << 20), "memory",
-           std::to_string((after - before) >> 20) + " MiB more were taken on the GPU after ten calls");
+    figures(mebibytes(before) + " of the GPU taken before ten calls, " + mebibytes(after) + " after them");
+    expect(
+        after <= before + LITTLE, "memory",
+        mebibytes(after - before) + " more were taken on the GPU after ten calls, in the third round as in the others");
   }
 
   TEST_CASE("says what is wrong with bad arguments") {

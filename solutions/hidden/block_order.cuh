@@ -18,14 +18,23 @@ struct BlockOrder {
   int heads;  // of the whole batch
   bool uneven;
 
-  // Of block number `block`; each head has `tiles`, and a multiprocessor runs `blocks_of_an_sm` at a time.
-  KATA_DEVICE BlockWork work_of(int block, int tiles, int blocks_of_an_sm) const {
+  // Heads in a group, if a block walks over about `tiles` tiles and a multiprocessor runs `blocks_of_an_sm` at a time.
+  KATA_DEVICE int heads_together(int tiles, int blocks_of_an_sm) const {
     constexpr int MULTIPROCESSORS = 128;  // more or less: few GPUs have half as many or twice
-    const int group = uneven ? max(1, 2 * MULTIPROCESSORS * blocks_of_an_sm / tiles) : 1;  // heads
+    return uneven ? max(1, 2 * MULTIPROCESSORS * blocks_of_an_sm / tiles) : 1;
+  }
+
+  // Of block number `block`; each head has `tiles`, and `group` heads make a group.
+  KATA_DEVICE BlockWork work_in_groups(int block, int tiles, int group) const {
     const int first = block / (group * tiles) * group;
     const int count = min(group, heads - first);  // the last group may be smaller
     const int place = block - first * tiles;
     return {first + place % count, place / count};
+  }
+
+  // The same where each tile of a head walks over the head's other tiles.
+  KATA_DEVICE BlockWork work_of(int block, int tiles, int blocks_of_an_sm) const {
+    return work_in_groups(block, tiles, heads_together(tiles, blocks_of_an_sm));
   }
 };
 

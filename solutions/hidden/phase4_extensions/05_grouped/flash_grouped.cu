@@ -633,9 +633,23 @@ __global__ void __launch_bounds__(ROW_THREADS) round_kernel(const Gradients<T> a
 struct Readers {
   int heads_per_kv;
   bool causal;
+  int most;  // queries, of one head, that see the same key
   int count;
   PlannedGroup groups[PLANNED];
 };
+
+// The most queries of `groups`, of one head, that have the same key in their slice: so many stream past a tile of keys.
+int most_readers(const std::vector<PlannedGroup>& groups) {
+  int most = 0;
+  for (const PlannedGroup& one : groups) {
+    int readers = 0;  // of the first key of its slice: no other key has more than the first one of some slice
+    for (const PlannedGroup& other : groups) {
+      if (other.k_begin <= one.k_begin && one.k_begin < other.k_end) readers += other.q_end - other.q_begin;
+    }
+    most = std::max(most, readers);
+  }
+  return most;
+}
 
 // A tile of queries of one group and one head that a block of keys hears from. No such tile: q_first = q_end.
 struct Turn {
@@ -695,10 +709,14 @@ __global__ void __launch_bounds__(Blocking<HEAD_DIM>::THREADS, Blocking<HEAD_DIM
 
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  // When causal, the first keys are seen by the most queries: the longest work comes first, of all heads.
-  const int kv_heads = static_cast<int>(args.key.size(1));
-  const int kv_head = static_cast<int>(blockIdx.x) % kv_heads;
-  const int kv_first = static_cast<int>(blockIdx.x) / kv_heads * BLOCK_KV;
+  // When causal, the first keys are seen by the most queries: the longest work comes first. Heads are together as long
+  // as what streams past their keys stays in L2: of many short groups more heads than of a long one.
+  const BlockOrder order{static_cast<int>(args.key.size(1)), true};
+  const int together = order.heads_together(ceil_div(max(1, readers.most), BLOCK_KV), Cut::BLOCKS_PER_SM);
+  const BlockWork work =
+      order.work_in_groups(static_cast<int>(blockIdx.x), ceil_div(args.keys, BLOCK_KV), min(order.heads, together));
+  const int kv_head = work.head;
+  const int kv_first = work.tile * BLOCK_KV;
   const int warp_key = warp * M * 16;  // first key of this warp in the block
 
   T* smem = dynamic_shared<T>();
@@ -1083,6 +1101,7 @@ void launch_backward(const FlashBackward<T>& p, std::span<const Group> groups, c
   const auto blocks = dim3(static_cast<unsigned>(ceil_div(keys, Cut::BLOCK_KV) * kv_heads));
   Readers readers{.heads_per_kv = static_cast<int>(heads / kv_heads),
                   .causal = p.causal,
+                  .most = most_readers(by_key),
                   .count = static_cast<int>(by_key.size()),
                   .groups = {}};
   std::copy(by_key.begin(), by_key.end(), readers.groups);
