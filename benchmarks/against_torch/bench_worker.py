@@ -36,6 +36,7 @@ except ImportError:  # before PyTorch 2.3: nobody to compare with
 
 ALLOWED = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 FEWEST, MOST = 3, 40  # calls
+PATIENCE = 4
 LARGEST_MATH = 2048  # queries: a matrix of queries x keys for every head
 L2_BYTES = 64 << 20  # a cache that is smaller is read in several copies, or it would stay on the chip
 CORES = os.sched_getaffinity(0)
@@ -366,9 +367,20 @@ def warm(call, gpu):
     return min(max(1_000_000, int(4e9 * asked)), 40_000_000)  # twice as long, at 2 GHz; 20 ms at most
 
 
+def quartiles(numbers):
+    return statistics.quantiles(numbers, n=4, method="inclusive")
+
+
+def unsteady(numbers):
+    """Whether something else has been going on: the quartiles are more than 5 percent apart."""
+    low, median, high = quartiles(numbers)
+    return high - low > 0.05 * median
+
+
 def times(calls, gpu, seconds, repeated=1):
     """Medians and quartiles, each round calling everybody once, and the first one last in the next, so that nobody always
-    runs behind the same neighbour; a call is `repeated` of them."""
+    runs behind the same neighbour; a call is `repeated` of them. As long as somebody is unsteady it goes on, up to
+    PATIENCE times as long."""
     each = {who: [] for who in calls}
     cycles = {who: warm(call, gpu) for who, call in calls.items()}
     order = list(calls)
@@ -376,13 +388,14 @@ def times(calls, gpu, seconds, repeated=1):
     spent = lambda: time.perf_counter() - begin  # noqa: E731
     for rounds in range(MOST):
         if rounds >= (2 if spent() > 1.0 else FEWEST) and spent() > seconds * len(calls):
-            break
+            if spent() > PATIENCE * seconds * len(calls) or not any(map(unsteady, each.values())):
+                break
         for who in order:
             each[who].append(milliseconds(calls[who], gpu, cycles[who]) / repeated)
         order = order[1:] + order[:1]
     result = {}
     for who, numbers in each.items():
-        low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")
+        low, median, high = quartiles(numbers)
         result[who] = {"median": median, "low": low, "high": high, "calls": len(numbers)}
     return result
 
@@ -521,12 +534,15 @@ def ceilings(where):
 
     def rate(dtype, side):
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        if not gpu and torch.backends.mkldnn.is_available():  # a @ b is slow where PyTorch has no fast BLAS
+            a, b = a.to_mkldnn(), b.to_mkldnn()
+            return 2.0 * side**3 / best(lambda: torch.nn.functional.linear(a, b)) * 1e-9
         return 2.0 * side**3 / best(lambda: a @ b) * 1e-9
 
     source = torch.ones(2**28 if gpu else 2**26, device=device)
     target = torch.empty_like(source)
     copied = 2.0 * source.numel() * 4 / best(lambda: target.copy_(source)) * 1e-6
-    name = torch.cuda.get_device_name() if gpu else f"{processor_name()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if gpu else processor_name() + f", {torch.get_num_threads()} threads".replace(" 1 threads", " 1 thread")
     return {"name": f"{name}, PyTorch {torch.__version__}", "copy_gb_s": copied,
             "float32_tflops": rate(torch.float32, 8192 if gpu else 2048), "tensor_tflops": rate(torch.bfloat16, 8192) if gpu else 0.0}
 
