@@ -542,7 +542,8 @@ def ceilings(where):
     source = torch.ones(2**28 if gpu else 2**26, device=device)
     target = torch.empty_like(source)
     copied = 2.0 * source.numel() * 4 / best(lambda: target.copy_(source)) * 1e-6
-    name = torch.cuda.get_device_name() if gpu else processor_name() + f", {torch.get_num_threads()} threads".replace(" 1 threads", " 1 thread")
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if gpu else f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return {"name": f"{name}, PyTorch {torch.__version__}", "copy_gb_s": copied,
             "float32_tflops": rate(torch.float32, 8192 if gpu else 2048), "tensor_tflops": rate(torch.bfloat16, 8192) if gpu else 0.0}
 
