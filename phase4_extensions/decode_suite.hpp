@@ -53,12 +53,14 @@ struct DecodeOptions {
   Paging paging = {};  // of step 07
   bool with_lse = true;
   bool judge = true;
+  Index apart = 0;  // numbers between two lengths and between two rows of the block table: views of larger tables
 };
 
 struct DecodeAnswer {
-  Array output;       // [B, H, Sq, D]
-  Array lse;          // [B, H, Sq]; no values without lse
-  Array partial_lse;  // [splits, B, H, Sq]
+  Array output;          // [B, H, Sq, D]
+  Array lse;             // [B, H, Sq]; no values without lse
+  Array partial_lse;     // [splits, B, H, Sq]
+  Array partial_output;  // [splits, B, H, Sq, D]
   std::vector<KernelProfile> profiles;
 };
 
@@ -132,6 +134,16 @@ class Integers {
   Buffer buffer_;
 };
 
+/// Rows of `width` integers, `gap` others behind each: what nobody may read as a length or as a page.
+inline std::vector<std::int32_t> spread(const std::vector<std::int32_t>& rows, Index width, Index gap) {
+  std::vector<std::int32_t> result;
+  for (std::size_t at = 0; at < rows.size(); ++at) {
+    result.push_back(rows[at]);
+    if ((static_cast<Index>(at) + 1) % width == 0) result.insert(result.end(), static_cast<std::size_t>(gap), 1);
+  }
+  return result;
+}
+
 /// All that is the same for both kinds of cache. `launch(fill)` makes the problem: fill(problem) sets what is known
 /// here.
 template <typename T, template <typename> class Memory>
@@ -143,7 +155,7 @@ struct Around {
         options(decode_options),
         rows(in.in.query.shape()),
         query(Memory<T>::input("query", in.in.query, options.layouts.query)),
-        lengths("lengths", in.lengths),
+        lengths("lengths", spread(in.lengths, 1, options.apart)),
         output(Memory<T>::output("output", rows, options.layouts.output)),
         lse(Memory<float>::output(
             "lse", {rows[0], rows[1], rows[2], 1},
@@ -157,6 +169,9 @@ struct Around {
     return {partial_output.view().data(), {options.splits, rows[0], rows[1], rows[2], rows[3]}};
   }
   View<float, 4> partial_lse_view() { return {partial_lse.view().data(), {options.splits, rows[0], rows[1], rows[2]}}; }
+  View<const std::int32_t, 1> lengths_view() {
+    return {lengths.template view<1>({in.batch()}).data(), {in.batch()}, {1 + options.apart}};
+  }
   std::optional<View<float, 3>> lse_view() {
     if (!options.with_lse) return std::nullopt;
     return lse.rows();
@@ -164,8 +179,7 @@ struct Around {
 
   DecodeAnswer answer(std::vector<KernelProfile> profiles) {
     DecodeAnswer got{output.values(options.judge), lse.values(options.judge), partial_lse.values(options.judge),
-                     std::move(profiles)};
-    partial_output.values(options.judge);
+                     partial_output.values(options.judge), std::move(profiles)};
     got.lse.shape.pop_back();
     if (!options.with_lse) {
       const bool written = std::any_of(got.lse.values.begin(), got.lse.values.end(), [](double x) { return x == x; });
@@ -197,7 +211,7 @@ DecodeAnswer in_one_piece(const Call<Decode<T>>& call, const DecodeInputs& in, c
   const Decode<T> problem{.query = around.query.view(),
                           .key = key.view(),
                           .value = value.view(),
-                          .lengths = around.lengths.template view<1>({in.batch()}),
+                          .lengths = around.lengths_view(),
                           .output = around.output.view(),
                           .lse = around.lse_view(),
                           .partial_output = around.partial_output_view(),
@@ -378,6 +392,29 @@ bool expect_fair_parts(const DecodeCall<T>& call, const Lengths& lengths, const 
   return true;
 }
 
+/// What the parts of a row have left, put together by hand, is the row's output.
+template <typename T>
+bool expect_parts_add_up(const DecodeCall<T>& call, const DecodeOptions& options) {
+  const DecodeInputs in =
+      random_decode<T>({.batch = 2, .heads = 4, .kv_heads = 2, .queries = 2, .keys = 200}, {200, 67}, 19);
+  const ExpectedForward want = expected_decode<T>(in, options);
+  const DecodeAnswer got = call(in, options);
+  const std::size_t rows = got.lse.values.size();
+  Array sum{got.output.shape, std::vector<double>(rows * 16, 0.0)};
+  for (std::size_t part = 0; part < static_cast<std::size_t>(options.splits); ++part) {
+    for (std::size_t row = 0; row < rows; ++row) {
+      const double weight = std::exp(got.partial_lse.values[part * rows + row] - want.exact.lse.values[row]);
+      for (std::size_t d = 0; d < 16 && weight > 0.0; ++d) {
+        sum.values[row * 16 + d] += weight * got.partial_output.values[(part * rows + row) * 16 + d];
+      }
+    }
+  }
+  const Array size{sum.shape, std::vector<double>(sum.count(), 2.0)};  // of the values
+  return expect_close("partial_output", sum, want.exact.output,
+                      {(std::is_same_v<T, float> ? 1e-5 : 4.0 * roundoff<T>()), size}, QUERY_AXES) ||
+         not_so(call, in, options);
+}
+
 /// A key that matches far better than all others, in each of these places, gives its value alone.
 template <typename T>
 bool expect_needles(const DecodeCall<T>& call, Index keys, const std::vector<Index>& places,
@@ -536,6 +573,10 @@ bool expect_anywhere(const DecodeCall<T>& call, DecodeOptions options) {
   const DecodeInputs in =
       random_decode<T>({.batch = 2, .heads = 6, .kv_heads = 2, .queries = 2, .keys = 40}, {40, 19}, 12);
   const DecodeAnswer want = call(in, options);
+  options.apart = 3;
+  if (!expect_same(call, call(in, options), want, in, options,
+                   "when the lengths (and the rows of the table) lay apart"))
+    return false;
   for (const Layouts& layouts : {TOKENS, APART, MIXED, MIXED_OTHERWISE}) {
     options.layouts = layouts;
     if (!expect_same(call, call(in, options), want, in, options, "when the rows lay otherwise")) return false;

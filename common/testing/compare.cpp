@@ -1,21 +1,31 @@
 #include "common/testing/compare.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include "common/testing/report.hpp"
 
 namespace flashkata::testing {
 namespace {
 
-std::string number(double value) {
+std::string number(double value, int digits = 5) {
   if (std::isnan(value)) return "NaN";  // whatever its sign
   std::ostringstream text;
-  text.precision(5);
+  text.precision(digits);
   text << value;
   return text.str();
+}
+
+// Two numbers that are not the same, with as many digits as show it.
+std::pair<std::string, std::string> told_apart(double one, double other) {
+  constexpr int ALL = std::numeric_limits<double>::max_digits10;
+  int digits = 5;
+  while (digits < ALL && number(one, digits) == number(other, digits)) ++digits;
+  return {number(one, digits), number(other, digits)};
 }
 
 bool same_shape(std::string_view name, const Array& got, const Array& want) {
@@ -64,19 +74,42 @@ bool expect_close(std::string_view name, const Array& got, const Array& want, co
   return false;
 }
 
+namespace {
+
+// `differs(got, want)` says whether an element counts.
+template <typename Differs>
+bool expect_same(std::string_view name, const Array& got, const Array& want, const Axes& axes, std::string_view why,
+                 const Differs& differs) {
+  if (!same_shape(name, got, want)) return false;
+  std::size_t changed = 0, first = npos;
+  for (std::size_t i = 0; i < want.count(); ++i) {
+    const double is = got.values[i], was = want.values[i];
+    if (is == was || (std::isnan(is) && std::isnan(was)) || !differs(is, was)) continue;
+    ++changed;
+    if (first == npos) first = i;
+  }
+  if (changed == 0) return true;
+  const auto [was, became] = told_apart(want.values[first], got.values[first]);
+  finding(name, "changed in " + how_many(changed, want.count()) + " " + std::string(why) + "; first at [" +
+                    place(want, first, axes) + "]: " + was + " became " + became);
+  return false;
+}
+
+}  // namespace
+
 bool expect_same_bits(std::string_view name, const Array& got, const Array& want, const Axes& axes,
                       std::string_view why) {
-  if (!same_shape(name, got, want)) return false;
-  const std::size_t first = first_difference(got, want);
-  if (first == npos) return true;
-  std::size_t changed = 0;
-  for (std::size_t i = 0; i < want.count(); ++i) {
-    changed += got.values[i] != want.values[i] && !(std::isnan(got.values[i]) && std::isnan(want.values[i]));
+  return expect_same(name, got, want, axes, why, [](double, double) { return true; });
+}
+
+bool expect_same_but_rounding(std::string_view name, const Array& got, const Array& want, double tolerance,
+                              const Axes& axes, std::string_view why) {
+  double largest = 0.0;
+  for (const double value : want.values) {
+    if (std::isfinite(value)) largest = std::max(largest, std::abs(value));
   }
-  finding(name, "changed in " + how_many(changed, want.count()) + " " + std::string(why) + "; first at [" +
-                    place(want, first, axes) + "]: " + number(want.values[first]) + " became " +
-                    number(got.values[first]));
-  return false;
+  return expect_same(name, got, want, axes, why,
+                     [&](double is, double was) { return !(std::abs(is - was) <= tolerance * largest); });
 }
 
 bool expect_all(std::string_view name, const Array& got, double want, double tolerance, const Axes& axes,

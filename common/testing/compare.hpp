@@ -28,6 +28,11 @@ bool expect_close(std::string_view name, const Array& got, const Array& want, co
 bool expect_same_bits(std::string_view name, const Array& got, const Array& want, const Axes& axes,
                       std::string_view why);
 
+/// The same shape, NaN and infinities in the same places, and all else the same but for rounding: within `tolerance`
+/// times the largest finite element of `want`. `why` as above.
+bool expect_same_but_rounding(std::string_view name, const Array& got, const Array& want, double tolerance,
+                              const Axes& axes, std::string_view why);
+
 /// Every element within `tolerance` of `want`. `what` names the property: "every element should be 1, because ...".
 bool expect_all(std::string_view name, const Array& got, double want, double tolerance, const Axes& axes,
                 std::string_view what);

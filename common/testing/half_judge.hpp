@@ -39,6 +39,14 @@ double rounded(double value) {
   return static_cast<double>(to_float(from_float<T>(static_cast<float>(value))));
 }
 
+/// Whether rows number `one` and `other`, of `width` numbers each, are the same but for rounding: each number within
+/// `tolerance` of the other, NaN nowhere.
+inline bool same_row_but_rounding(const Array& all, Index one, Index other, Index width, double tolerance) {
+  const double* row = all.values.data();
+  return std::equal(row + one * width, row + (one + 1) * width, row + other * width,
+                    [&](double is, double was) { return is == was || std::abs(is - was) <= tolerance; });
+}
+
 /// Calls body(fp16{}), then body(bf16{}).
 template <typename Body>
 void for_both_types(const Body& body) {

@@ -6,6 +6,7 @@
 #include <sstream>
 #include <utility>
 
+#include "common/testing/compare.hpp"
 #include "common/testing/options.hpp"
 #include "common/testing/report.hpp"
 #include "common/virtual_gpu/findings.hpp"
@@ -207,6 +208,13 @@ void run_unwatched(const std::function<void()>& launcher) {
 
 std::int64_t bytes_loaded(const std::vector<KernelProfile>& profiles, std::string_view buffer) {
   return sum(profiles, buffer, [](const TensorTraffic& traffic) { return traffic.loaded; });
+}
+
+bool expect_blind_tiles_not_loaded(std::int64_t causal, std::int64_t all, const std::string& of) {
+  return expect(causal * 10 <= all * 9, "traffic",
+                "tiles loaded that see nothing of each other: causal, " + std::to_string(causal) + " bytes of " + of +
+                    ", without a mask " + std::to_string(all) + "; want at most 9/10" +
+                    (causal == all ? ". Is there such a tile, or has your block more rows than there are?" : ""));
 }
 
 std::int64_t bytes_stored(const std::vector<KernelProfile>& profiles, std::string_view buffer) {

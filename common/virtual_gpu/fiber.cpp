@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cstring>
 #include <new>
 
 namespace flashkata::virtual_gpu {
@@ -38,6 +40,10 @@ Context StackArena::start(std::size_t thread, void (*function)(boost::context::d
   // Stacks start a few cache lines apart, or all their tops would fall into the same few sets of the cache.
   const std::size_t colour = (thread * 17) % 60 * 64;
   auto* top = reinterpret_cast<char*>(low(thread) + stack_bytes_ - colour);
+  // What a local variable holds before it is set: NaN, in float as in 16 bits, and not what an earlier block left
+  // there.
+  const std::size_t locals = std::min<std::size_t>(4096, stack_bytes_ - colour);  // where a kernel's own frame lies
+  std::memset(top - locals, 0xff, locals);
   return boost::context::detail::make_fcontext(top, stack_bytes_ - colour, function);
 }
 

@@ -135,7 +135,7 @@ bool expect_needles(const Sizes& sizes, bool causal, const Target& target) {
 }
 
 // In each head but the first, keys from a certain one on hold poison, in K, in V or in both. Queries that may not see
-// them have the bits of the clean first head.
+// them are those of the clean first head, but for rounding: rows of a warp may share the moment at which O is rescaled.
 template <typename T>
 void expect_forbidden_unseen() {
   constexpr double POISONS[] = {NOT_A_NUMBER, INF, -INF, 60000.0};
@@ -155,12 +155,9 @@ void expect_forbidden_unseen() {
       for (Index at = 0; at < 13 * queries; ++at) {
         const Index h = at / queries, i = at % queries;
         if (first < keys_seen(true, i, queries, keys)) continue;
-        const auto same = [&](const Array& all, Index width) {
-          const double* row = all.values.data();
-          return std::equal(row + at * width, row + (at + 1) * width, row + i * width);
-        };
-        if (same(got.output, 16) && same(got.lse, 1)) continue;
-        finding(same(got.output, 16) ? "lse" : "output",
+        const bool same_output = same_row_but_rounding(got.output, at, i, 16, 4.0 * roundoff<T>());
+        if (same_output && same_row_but_rounding(got.lse, at, i, 1, 1e-4)) continue;
+        finding(same_output ? "lse" : "output",
                 std::string(type_name<T>()) + ", " + std::to_string(queries) + " queries, " + std::to_string(keys) +
                     " keys: query " + std::to_string(i) + " noticed that " + OPERANDS[(h - 1) / 4] + " from number " +
                     std::to_string(first) + " on, which it may not see, became " +
@@ -447,9 +444,11 @@ TEST_SUITE("phase2.05_flash_forward_mma") {
                 attend<T>({.queries = 9, .keys = 19, .width = 16}, {.causal = causal}, of(1), of(2), of(3));
             const std::string why = "of batch item " + std::to_string(b) + ", head " + std::to_string(h) +
                                     " when it was computed among others";
-            if (!expect_same_bits("output", head_of(packed.output, b, h), head_of(one.output, 0, 0),
-                                  {"query", "channel"}, why) ||
-                !expect_same_bits("lse", head_of(packed.lse, b, h), head_of(one.lse, 0, 0), {"query"}, why)) {
+            // How keys are cut into tiles may depend on how much there is to do.
+            if (!expect_same_but_rounding("output", head_of(packed.output, b, h), head_of(one.output, 0, 0),
+                                          4.0 * roundoff<T>(), {"query", "channel"}, why) ||
+                !expect_same_but_rounding("lse", head_of(packed.lse, b, h), head_of(one.lse, 0, 0), 1e-5, {"query"},
+                                          why)) {
               return;
             }
           }

@@ -225,7 +225,7 @@ TEST_SUITE("phase3.04_flash_backward") {
   TEST_CASE("tiles that see nothing of each other are not even read") {
     ask("Above the diagonal lie whole tiles that nobody may see. For a block's keys, which is the first tile of "
         "queries worth loading? And for a block's queries the last tile of keys?");
-    if (!needs_a_check()) expect_blind_tiles_not_loaded(STEP, 256);
+    if (!needs_a_check()) expect_blind_tiles_not_loaded(STEP, 512);
   }
 
   TEST_CASE("no row of scores is kept in shared memory") {

@@ -28,11 +28,11 @@ inline constexpr Index MOST_GROUPS = 128;
 //
 // A query that may attend to nothing, because it is in no group or its slice is empty or too short, gets output 0 and
 // lse -inf, and has gradients of 0, and gives none to any key, whatever it and its d_output hold. What a key outside of
-// a query's slice holds, NaN and inf included, changes no bit of that query's output, lse or gradient; a NaN in one
-// that it may attend to is not hidden from its output. A key of several slices gets the sum of what the groups give it;
-// one that no query may see gets gradients of exactly 0. Everything is written wholly, whatever it held. The same
-// inputs give the same bits; of flash_grouped_backward() this holds for d_query only with `deterministic`. Device
-// memory: none beyond the arguments.
+// a query's slice holds, NaN and inf included, does not reach that query's output, lse or gradient (only their rounding
+// may change, as rows share decisions); a NaN in one that it may attend to is not hidden from its output. A key of
+// several slices gets the sum of what the groups give it; one that no query may see gets gradients of exactly 0.
+// Everything is written wholly, whatever it held. The same inputs give the same bits; of flash_grouped_backward() this
+// holds for d_query only with `deterministic`. Device memory: none beyond the arguments.
 //
 // Every function throws std::invalid_argument naming the argument, its value and what is allowed, before it writes.
 

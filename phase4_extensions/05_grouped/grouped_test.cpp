@@ -305,6 +305,22 @@ TEST_SUITE("phase4.05_grouped") {
     });
   }
 
+  TEST_CASE("fused: a width of 16 or 32 is right or refused") {
+    ask("Heads of 32 channels come in. Is there a kernel for them, and if not, who is told so?");
+    for (const Index width : {16, 32}) {
+      const Grouped g{.queries = 20, .keys = 40, .groups = {{0, 9, 3, 40}, {9, 20, 0, 17}}, .heads = 2, .width = width};
+      const Inputs in = random_inputs<fp16>(g.sizes(), 71);
+      try {
+        if (!expect_attention(fused<fp16>(), g, in)) return;
+        if (!expect_right_gradients(fused_backward<fp16>(), g, in, true)) return;
+      } catch (const std::invalid_argument& refused) {
+        if (!expect(std::string(refused.what()).find("query") != std::string::npos, "query",
+                    "a width of " + std::to_string(width) + " is refused without naming query"))
+          return;
+      }
+    }
+  }
+
   TEST_CASE("fused: keys and values are loaded once for all groups that share them") {
     ask("Eight groups of 16 queries read the same keys: 128 rows. How often does your block have to load a key for "
         "64 of them? And how many rows of a GQA group want the same one?");

@@ -145,6 +145,15 @@ TEST_SUITE("phase4.06_split_kv") {
     }
   }
 
+  TEST_CASE("what the parts leave behind adds up to the output") {
+    ask("partial_output(s, ...) is the average of part s, whoever merges it: where in memory does it begin, and who "
+        "divided it by what?");
+    for (const auto& call : step.both()) {
+      if (!expect_parts_add_up(call, {.splits = 3})) return;
+    }
+    if (expect_parts_add_up(step.half, {.splits = 3})) expect_parts_add_up(step.brain, {.splits = 3});
+  }
+
   TEST_CASE("a key that matches far better than the others gives its value alone") {
     ask("One score is 60 above the rest. In which part is that key, and is it the first or the last of it?");
     const std::vector<Index> places{0, 1, 15, 16, 31, 32, 47, 48, 63, 64, 65, 95, 96, 127, 128, 129, 130};
@@ -411,6 +420,13 @@ TEST_SUITE("phase4.06_split_kv") {
                  [&](Problem& p) { p.lengths = View<const std::int32_t, 1>(too_long.data(), {2}); });
         rejected("a length of -1", "lengths",
                  [&](Problem& p) { p.lengths = View<const std::int32_t, 1>(negative.data(), {2}); });
+        // The first sequence is fine, the second is not.
+        o.upload(std::vector<float>(2 * 4 * 3 * 16, 7.5f));
+        rejected("8 keys in a cache of 7", "lengths",
+                 [&](Problem& p) { p.lengths = View<const std::int32_t, 1>(too_long.data(), {2}); });
+        const std::vector<float> now = o.download();
+        expect(std::all_of(now.begin(), now.end(), [](float x) { return x == 7.5f; }), "output",
+               "was written before the arguments were refused");
       }
     };
     const std::vector<float> numbers(2 * 4 * 8 * 16, 0.5f);

@@ -63,7 +63,8 @@ DecodeAnswer in_pages(const Call<PagedDecode<T>>& call, const DecodeInputs& in, 
                                                                             : options.layouts.key;
   Memory<T> key = Memory<T>::input("key_pages", keys, key_layout);
   Memory<T> value = Memory<T>::input("value_pages", values, options.layouts.value);
-  typename decode_suite_detail::Around<T, Memory>::Ints block_table("block_table", table.entries);
+  typename decode_suite_detail::Around<T, Memory>::Ints block_table(
+      "block_table", decode_suite_detail::spread(table.entries, table.blocks, options.apart));
   const Shape<4> shape{table.pages, heads, size, width};
   const Shape<4> strides = key.view().strides();
   const View<const T, 4> key_pages(key.view().data(), shape, strides);
@@ -73,8 +74,10 @@ DecodeAnswer in_pages(const Call<PagedDecode<T>>& call, const DecodeInputs& in, 
   const PagedDecode<T> problem{.query = around.query.view(),
                                .key_pages = key_pages,
                                .value_pages = value_pages,
-                               .block_table = block_table.template view<2>({in.batch(), table.blocks}),
-                               .lengths = around.lengths.template view<1>({in.batch()}),
+                               .block_table = {block_table.template view<2>({in.batch(), table.blocks}).data(),
+                                               {in.batch(), table.blocks},
+                                               {table.blocks + options.apart, 1}},
+                               .lengths = around.lengths_view(),
                                .output = around.output.view(),
                                .lse = around.lse_view(),
                                .partial_output = around.partial_output_view(),
@@ -311,7 +314,19 @@ TEST_SUITE("phase4.07_paged_kv") {
         }
     cache.append(one, View<const float, 3>(key.data(), {2, 7, 4}, {4, 8, 1}),
                  View<const float, 3>(value.data(), {2, 7, 4}, {6, 12, 1}));
-    expect_cache(cache, {{one, 1, 7}}, "after 7 tokens in the model's layout");
+    if (!expect_cache(cache, {{one, 1, 7}}, "after 7 tokens in the model's layout")) return;
+    // Channel by channel: [D, tokens, Hk] in memory.
+    const int two = cache.add_sequence();
+    Tensor<float, 3> turned_key({4, 5, 2}), turned_value({4, 5, 2});
+    for (Index h = 0; h < 2; ++h)
+      for (Index t = 0; t < 5; ++t)
+        for (Index d = 0; d < 4; ++d) {
+          turned_key(d, t, h) = packed_key(h, t, d);
+          turned_value(d, t, h) = packed_value(h, t, d);
+        }
+    cache.append(two, View<const float, 3>(turned_key.data(), {2, 5, 4}, {1, 2, 10}),
+                 View<const float, 3>(turned_value.data(), {2, 5, 4}, {1, 2, 10}));
+    expect_cache(cache, {{one, 1, 7}, {two, 1, 5}}, "after 5 tokens whose channels lay apart");
   }
 
   TEST_CASE("the manager says what is wrong") {
@@ -320,12 +335,14 @@ TEST_SUITE("phase4.07_paged_kv") {
     append(cache, one, 1, 0, 5);
     append(cache, two, 2, 0, 2);
     const Tensor<float, 3> good({2, 3, 4}), wide({2, 3, 5}), headless({1, 3, 4}), longer({2, 4, 4});
-    expect_rejected("an append to nobody", "sequence", [&] { cache.append(two + 7, good, good); });
+    // Sequences may have any numbers; these two have never been anybody's.
+    const int above = std::max(one, two) + 70, below = std::min(one, two) - 70;
+    expect_rejected("an append to nobody", "sequence", [&] { cache.append(above, good, good); });
     expect_rejected("keys too wide", "key", [&] { cache.append(one, wide, wide); });
     expect_rejected("keys of one head", "key", [&] { cache.append(one, headless, headless); });
     expect_rejected("more values than keys", "value", [&] { cache.append(one, good, longer); });
-    expect_rejected("the release of nobody", "sequence", [&] { cache.release(-1); });
-    const std::array<int, 2> unknown{one, two + 7};
+    expect_rejected("the release of nobody", "sequence", [&] { cache.release(below); });
+    const std::array<int, 2> unknown{one, above};
     expect_rejected("the table of nobody", "sequence", [&] { cache.block_table(unknown); });
     expect_rejected("the length of nobody", "sequence", [&] { cache.lengths(unknown); });
     expect_cache(cache, {{one, 1, 5}, {two, 2, 2}}, "after calls that were refused");

@@ -208,8 +208,16 @@ std::vector<Array> answer_of(const Form& form, bool backward, const Given& given
     const TiledResult result = form.forward(given.local, communicator);
     return {to_array(result.output), to_array(result.lse)};
   }
+  // Rows of the lse lie apart, with NaN between them.
+  const Shape<3> rows = given.lse.view().shape();
+  Tensor<float, 4> apart({rows[0], rows[1], rows[2], 2});
+  std::fill_n(apart.data(), apart.count(), NOT_A_NUMBER);
+  for (Index b = 0; b < rows[0]; ++b)
+    for (Index h = 0; h < rows[1]; ++h)
+      for (Index i = 0; i < rows[2]; ++i) apart(b, h, i, 0) = given.lse(b, h, i);
+  const View<const float, 3> lse(apart.data(), rows, {rows[1] * rows[2] * 2, rows[2] * 2, 2});
   const TiledGradients result =
-      form.backward(given.local, given.output.heads(), given.lse, given.d_output.heads(), communicator);
+      form.backward(given.local, given.output.heads(), lse, given.d_output.heads(), communicator);
   return {to_array(result.query), to_array(result.key), to_array(result.value)};
 }
 
@@ -488,6 +496,22 @@ const Recognise recognise_context_parallel(recognised_numbers(), [](int number) 
   const Form& form = FORMS[(number / 100 - 1) / 2];
   return outputs_on_ranks("", number % 100, form.name, (number / 100 - 1) % 2 == 1);
 });
+
+// Alone, and counts what is exchanged.
+class Counting : public OneRank {
+ public:
+  int calls = 0;
+
+ protected:
+  Transfer start_shift(std::span<const std::byte> outgoing, std::span<std::byte> incoming) override {
+    ++calls;
+    return OneRank::start_shift(outgoing, incoming);
+  }
+  void gather(std::span<const std::byte> mine, std::span<std::byte> all) override {
+    ++calls;
+    OneRank::gather(mine, all);
+  }
+};
 
 }  // namespace
 
@@ -778,7 +802,7 @@ TEST_SUITE("phase4.08_context_parallel") {
     const Zigzag zigzag{12, 3};
     chunk_rows(zigzag);  // this is right
     const Tensor<float, 4> x = places(2, 4, 6, 3);
-    OneRank alone;
+    Counting alone;
     const Tensor<float, 4> keys = places(2, 2, 6, 3), values = places(2, 2, 6, 5);
     const Tensor<float, 4> d_output = places(2, 4, 6, 5);
     const auto good = [&] { return LocalAttention{x, keys, values, 6, true, {}}; };
@@ -795,6 +819,7 @@ TEST_SUITE("phase4.08_context_parallel") {
     expect_rejected("no parts", "parts", [] { zigzag_merge({}, 12); });
     const Tensor<float, 4> three = places(2, 3, 6, 3), wide = places(2, 2, 6, 4), longer = places(2, 2, 8, 3);
     for (const Form& form : FORMS) {
+      const int before = alone.calls;
       const auto reject = [&](const char* what, const char* argument, const LocalAttention& local) {
         expect_rejected(what, argument, [&] { form.forward(local, alone); });
         expect_rejected(what, argument, [&] { form.backward(local, result.output, result.lse, d_output, alone); });
@@ -810,6 +835,10 @@ TEST_SUITE("phase4.08_context_parallel") {
                       [&] { form.backward(good(), result.output, result.lse, x, alone); });
       const Tensor<float, 3> few({2, 4, 5});
       expect_rejected("an lse too short", "lse", [&] { form.backward(good(), result.output, few, d_output, alone); });
+      expect(alone.calls == before, "communicator",
+             std::string(form.name) +
+                 ": something was sent before the arguments were refused, and the others wait for "
+                 "the rest");
     }
   }
 }

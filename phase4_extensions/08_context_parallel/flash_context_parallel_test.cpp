@@ -82,6 +82,15 @@ const std::vector<Problem>& problems() {
        .causal = true,
        .poisoned = 10},
       {.number = 110, .ranks = 3, .why = "long enough to look at the clock", .tokens = 48, .probe = Probe::overlap},
+      {.number = 111,
+       .ranks = 3,
+       .why = "ten heads share five, rows apart, 128 channels",
+       .tokens = 20,
+       .causal = true,
+       .heads = 10,
+       .kv_heads = 5,
+       .apart = true,
+       .width = 128},
       {.number = 121,
        .ranks = 2,
        .why = "two ranks, ragged, two heads share one",
@@ -108,6 +117,7 @@ const std::vector<Problem>& problems() {
       {.number = 141, .ranks = 1, .why = "alone, two heads share one", .tokens = 9, .causal = true, .heads = 2},
       {.number = 142, .ranks = 1, .why = "alone, ragged", .tokens = 7, .in_bf16 = true},
       {.number = 143, .ranks = 1, .why = "alone, 128 channels", .tokens = 6, .causal = true, .width = 128},
+      {.number = 144, .ranks = 1, .why = "alone, several tiles", .tokens = 300, .probe = Probe::twice},
   };
   return list;
 }
@@ -228,13 +238,15 @@ struct Given {
         v(DeviceTensor<T>::input("value", local_of(dealt, rank, whole.value), layouts.value)),
         o(DeviceTensor<T>::input("output", local_of(dealt, rank, forward.output), layouts.output)),
         d_o(DeviceTensor<T>::input("d_output", local_of(dealt, rank, whole.d_output), layouts.query)),
-        l(DeviceTensor<float>::input("lse", local_of(dealt, rank, forward.lse), Layout::heads)) {}
+        l(DeviceTensor<float>::input("lse", local_of(dealt, rank, forward.lse), lse_layout())) {}
+
+  Layout lse_layout() const { return layouts.query == Layouts{}.query ? Layout::heads : Layout::tokens; }
 
   // Calls launch(FlashForward<T>, tokens), and returns output and lse.
   template <typename Launch>
   std::vector<Array> forward(const Launch& launch) {
     auto output = DeviceTensor<T>::output("output", rows, layouts.output);
-    auto lse = DeviceTensor<float>::output("lse", one_each, Layout::heads);
+    auto lse = DeviceTensor<float>::output("lse", one_each, lse_layout());
     launch(FlashForward<T>{.query = q.view(),
                            .key = k.view(),
                            .value = v.view(),
