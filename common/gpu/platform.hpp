@@ -7,6 +7,7 @@
 #if defined(__CUDACC__) || defined(KATA_GPU_CUDA)
 #define KATA_REAL_GPU 1
 #include <cuda_runtime.h>
+#include <math_constants.h>
 #else
 #define KATA_REAL_GPU 0
 #include "common/virtual_gpu/cuda_language.hpp"

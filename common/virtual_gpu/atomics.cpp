@@ -41,6 +41,15 @@ T combine(AtomicOperation operation, T old, T value) {
     case AtomicOperation::bit_or:
       if constexpr (std::is_integral_v<T>) return old | value;
       break;
+    case AtomicOperation::bit_xor:
+      if constexpr (std::is_integral_v<T>) return old ^ value;
+      break;
+    case AtomicOperation::subtract:
+      return old - value;
+    case AtomicOperation::increment:  // counts 0, 1, ..., value, 0, ...
+      return old >= value ? T{0} : old + 1;
+    case AtomicOperation::decrement:  // counts value, ..., 1, 0, value, ...
+      return old == 0 || old > value ? value : old - 1;
   }
   return old;
 }
@@ -85,6 +94,10 @@ int atomic_compare_and_swap(int* address, int expected, int desired) {
   return compare_and_swap(address, expected, desired, __builtin_return_address(0));
 }
 unsigned atomic_compare_and_swap(unsigned* address, unsigned expected, unsigned desired) {
+  return compare_and_swap(address, expected, desired, __builtin_return_address(0));
+}
+unsigned long long atomic_compare_and_swap(unsigned long long* address, unsigned long long expected,
+                                           unsigned long long desired) {
   return compare_and_swap(address, expected, desired, __builtin_return_address(0));
 }
 

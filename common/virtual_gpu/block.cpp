@@ -52,7 +52,7 @@ void report_exit_before_barrier(Worker& worker, const Thread& waiting) {
                             worker.in_block() + std::to_string(count) +
                                 (count == 1 ? " thread (" : " threads (for example ") + worker.thread_name(left->id) +
                                 ") left the kernel, but the others still wait for the whole block at " +
-                                "__syncthreads() at {here}; every thread of the block has to reach each barrier");
+                                waiting.waits_for + " at {here}; every thread of the block has to reach each barrier");
 }
 
 /// All threads of a block must meet at the same line.
@@ -65,8 +65,8 @@ void check_barrier_lines(Worker& worker) {
     if (thread.site == first->site || line_of(thread.site) == line_of(first->site)) continue;
     if (worker.sightings.is_new(FindingKind::divergent_barrier, first->site, thread.site)) {
       worker.sightings.describe(FindingKind::divergent_barrier, first->site, thread.site,
-                                worker.in_block() + worker.thread_name(first->id) +
-                                    " waits at __syncthreads() at {here} while " + worker.thread_name(thread.id) +
+                                worker.in_block() + worker.thread_name(first->id) + " waits at " + first->waits_for +
+                                    " at {here} while " + worker.thread_name(thread.id) +
                                     " waits at another one, at {there}; a barrier inside a branch must be reached by "
                                     "all threads of the block or by none",
                                 true);
@@ -87,6 +87,7 @@ void start_block(Worker& worker, std::uint64_t block) {
   current_block_index = worker.block_index(block);
   worker.alive = launch.threads();
   worker.at_barrier = 0;
+  worker.votes = 0;
   if (!worker.acquired.empty()) worker.acquired.clear();
   worker.ready.reset(worker.threads.size(), launch.schedule_seed == 0 ? 0 : launch.schedule_seed * 1000003 + block + 1);
 
@@ -151,6 +152,8 @@ void release_barrier(Worker& worker) {
   if (worker.launch->check) check_barrier_lines(worker);
   worker.last_barrier = ++worker.clock;
   worker.at_barrier = 0;
+  worker.votes_counted = worker.votes;
+  worker.votes = 0;
   ++worker.events.barriers;
   if (worker.launch->profile) flush_access_logs(worker);
   for (Thread& thread : worker.threads) {
@@ -160,14 +163,41 @@ void release_barrier(Worker& worker) {
   }
 }
 
-void sync_threads() {
-  Worker& worker = *current_worker;
+namespace {
+
+__attribute__((always_inline)) inline void wait_at_barrier(Worker& worker, const char* name, Site site) {
   Thread& thread = *worker.current;
   thread.state = ThreadState::at_barrier;
-  thread.waits_for = "__syncthreads()";
-  thread.site = site_of(__builtin_return_address(0));
+  thread.waits_for = name;
+  thread.site = site;
   if (++worker.at_barrier == worker.alive) release_barrier(worker);
   run_next(worker, thread.context);
+}
+
+const char* vote_name(BarrierVote kind) {
+  switch (kind) {
+    case BarrierVote::any:
+      return "__syncthreads_or()";
+    case BarrierVote::all:
+      return "__syncthreads_and()";
+    case BarrierVote::count:
+      return "__syncthreads_count()";
+  }
+  return "";
+}
+
+}  // namespace
+
+void sync_threads() { wait_at_barrier(*current_worker, "__syncthreads()", site_of(__builtin_return_address(0))); }
+
+int sync_threads_vote(BarrierVote kind, bool predicate) {
+  Worker& worker = *current_worker;
+  worker.votes += predicate != (kind == BarrierVote::all) ? 1 : 0;  // "all" counts those that are against it
+  wait_at_barrier(worker, vote_name(kind), site_of(__builtin_return_address(0)));
+  // Nobody can have passed another barrier since: that would have had to wait for this thread.
+  const int votes = worker.votes_counted;
+  if (kind == BarrierVote::count) return votes;
+  return (votes == 0) == (kind == BarrierVote::all) ? 1 : 0;
 }
 
 void Worker::run(Launch& the_launch) {

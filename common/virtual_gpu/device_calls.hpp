@@ -16,16 +16,28 @@ namespace flashkata::virtual_gpu {
 #endif
 
 KATA_NOT_MERGED void sync_threads();
+enum class BarrierVote { any, all, count };
+/// The barrier, at which the threads also count those whose predicate holds.
+KATA_NOT_MERGED int sync_threads_vote(BarrierVote kind, bool predicate);
 KATA_NOT_MERGED void sync_warp(std::uint32_t mask);
 
 enum class Shuffle { index, exclusive_or, down, up };
 KATA_NOT_MERGED std::uint64_t shuffle(Shuffle kind, std::uint32_t mask, std::uint64_t value, int argument, int width);
 KATA_NOT_MERGED std::uint32_t ballot(std::uint32_t mask, bool predicate);
+/// The lanes whose 4 or 8 bytes are those of this lane.
+KATA_NOT_MERGED std::uint32_t match_any(std::uint32_t mask, std::uint64_t value);
+
+enum class Reduction { add, min, max, bit_and, bit_or, bit_xor };
+KATA_NOT_MERGED int reduce(Reduction kind, std::uint32_t mask, int value);
+KATA_NOT_MERGED unsigned reduce(Reduction kind, std::uint32_t mask, unsigned value);
+
+/// Ends the launch with a finding.
+KATA_NOT_MERGED void trap();
 
 /// Orders this thread's writes before its next atomic operation, as seen by other blocks.
 void thread_fence();
 
-enum class AtomicOperation { add, min, max, exchange, bit_and, bit_or };
+enum class AtomicOperation { add, min, max, exchange, bit_and, bit_or, bit_xor, subtract, increment, decrement };
 float atomic_update(AtomicOperation operation, float* address, float value);
 double atomic_update(AtomicOperation operation, double* address, double value);
 int atomic_update(AtomicOperation operation, int* address, int value);
@@ -33,6 +45,8 @@ unsigned atomic_update(AtomicOperation operation, unsigned* address, unsigned va
 unsigned long long atomic_update(AtomicOperation operation, unsigned long long* address, unsigned long long value);
 int atomic_compare_and_swap(int* address, int expected, int desired);
 unsigned atomic_compare_and_swap(unsigned* address, unsigned expected, unsigned desired);
+unsigned long long atomic_compare_and_swap(unsigned long long* address, unsigned long long expected,
+                                           unsigned long long desired);
 
 /// Start of the block's dynamic shared memory; findings count it in elements of this size.
 void* dynamic_shared_memory(std::size_t element_bytes);

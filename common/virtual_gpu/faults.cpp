@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/virtual_gpu/access_check.hpp"
+#include "common/virtual_gpu/device_calls.hpp"
 #include "common/virtual_gpu/worker.hpp"
 
 namespace flashkata::virtual_gpu {
@@ -81,6 +82,19 @@ void handle_fault(int signal, siginfo_t* info, void* context) {
 }
 
 }  // namespace
+
+void trap() {
+  Worker& worker = *current_worker;
+  const Site site = site_of(__builtin_return_address(0));
+  {
+    const HooksOff hooks_off;
+    if (worker.sightings.is_new(FindingKind::crash, site)) {
+      worker.sightings.describe(FindingKind::crash, site, 0,
+                                worker.thread_and_block(worker.current->id) + " calls __trap() at {here}", true);
+    }
+  }
+  worker.abandon();
+}
 
 FaultHandlers::FaultHandlers() {
   struct sigaction action {};

@@ -14,7 +14,7 @@ enum class FindingKind {
   out_of_bounds,             // outside a buffer, a shared array, a local array; or not device memory at all
   uninitialised_read,        // shared memory not written in this block, or a buffer never written
   async_copy_not_waited,     // shared memory read while a cp.async into it is in flight
-  divergent_barrier,         // threads of a block meet at different __syncthreads()
+  divergent_barrier,         // threads of a block meet at different __syncthreads() or votes of the block
   barrier_after_exit,        // threads wait at __syncthreads() after others have left the kernel
   deadlock,                  // nobody can run, somebody waits
   absent_lane,               // a warp function names a lane that left, does not exist, or is not in the mask
@@ -24,7 +24,7 @@ enum class FindingKind {
   stack_overflow,            // the local variables of a thread need more than its stack
   use_after_free,            // a buffer that the host has released
   wrong_memory,              // ldmatrix or cp.async on an address that is not in shared (or global) memory
-  crash,                     // the kernel ran into a signal, for example a division by zero
+  crash,                     // the kernel ran into a signal, for example a division by zero, or calls __trap()
 };
 
 /// "shared-memory race"

@@ -198,6 +198,80 @@ const char* shuffle_name(Shuffle kind) {
   return "";
 }
 
+void match_values(Worker& worker, void* const* arguments, std::uint32_t mask) {
+  ++worker.events.shuffles;
+  std::uint64_t values[32];
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    const int lane = std::countr_zero(rest);
+    values[lane] = *static_cast<std::uint64_t*>(arguments[lane]);
+  }
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    const int lane = std::countr_zero(rest);
+    std::uint64_t equal = 0;
+    for (std::uint32_t others = mask; others != 0; others &= others - 1) {
+      const int other = std::countr_zero(others);
+      if (values[other] == values[lane]) equal |= std::uint64_t{1} << other;
+    }
+    *static_cast<std::uint64_t*>(arguments[lane]) = equal;
+  }
+}
+
+template <typename T, Reduction KIND>
+T combine(T a, T b) {
+  if constexpr (KIND == Reduction::min) return std::min(a, b);
+  if constexpr (KIND == Reduction::max) return std::max(a, b);
+  const auto x = static_cast<std::uint32_t>(a);  // a sum may wrap around
+  const auto y = static_cast<std::uint32_t>(b);
+  if constexpr (KIND == Reduction::add) return static_cast<T>(x + y);
+  if constexpr (KIND == Reduction::bit_and) return static_cast<T>(x & y);
+  if constexpr (KIND == Reduction::bit_or) return static_cast<T>(x | y);
+  return static_cast<T>(x ^ y);
+}
+
+template <typename T, Reduction KIND>
+void reduce_values(Worker& worker, void* const* arguments, std::uint32_t mask) {
+  ++worker.events.shuffles;
+  T result = *static_cast<T*>(arguments[std::countr_zero(mask)]);
+  for (std::uint32_t rest = mask & (mask - 1); rest != 0; rest &= rest - 1) {
+    result = combine<T, KIND>(result, *static_cast<T*>(arguments[std::countr_zero(rest)]));
+  }
+  for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+    *static_cast<T*>(arguments[std::countr_zero(rest)]) = result;
+  }
+}
+
+struct NamedReduction {
+  const char* name;
+  WarpOperation operation;
+};
+
+/// Each kind is an operation of its own: lanes that call different ones do not meet.
+template <typename T>
+NamedReduction reduction(Reduction kind) {
+  switch (kind) {
+    case Reduction::add:
+      return {"__reduce_add_sync()", reduce_values<T, Reduction::add>};
+    case Reduction::min:
+      return {"__reduce_min_sync()", reduce_values<T, Reduction::min>};
+    case Reduction::max:
+      return {"__reduce_max_sync()", reduce_values<T, Reduction::max>};
+    case Reduction::bit_and:
+      return {"__reduce_and_sync()", reduce_values<T, Reduction::bit_and>};
+    case Reduction::bit_or:
+      return {"__reduce_or_sync()", reduce_values<T, Reduction::bit_or>};
+    case Reduction::bit_xor:
+      return {"__reduce_xor_sync()", reduce_values<T, Reduction::bit_xor>};
+  }
+  return {};
+}
+
+template <typename T>
+__attribute__((always_inline)) inline T join_reduction(Reduction kind, std::uint32_t mask, T value, Site site) {
+  const NamedReduction named = reduction<T>(kind);
+  join_warp_operation(named.operation, named.name, mask, &value, site);
+  return value;
+}
+
 }  // namespace
 
 std::uint64_t shuffle(Shuffle kind, std::uint32_t mask, std::uint64_t value, int argument, int width) {
@@ -210,6 +284,18 @@ std::uint32_t ballot(std::uint32_t mask, bool predicate) {
   std::uint32_t votes = predicate ? 1 : 0;
   join_warp_operation(count_votes, "a vote", mask, &votes, site_of(__builtin_return_address(0)));
   return votes;
+}
+
+std::uint32_t match_any(std::uint32_t mask, std::uint64_t value) {
+  join_warp_operation(match_values, "__match_any_sync()", mask, &value, site_of(__builtin_return_address(0)));
+  return static_cast<std::uint32_t>(value);
+}
+
+int reduce(Reduction kind, std::uint32_t mask, int value) {
+  return join_reduction(kind, mask, value, site_of(__builtin_return_address(0)));
+}
+unsigned reduce(Reduction kind, std::uint32_t mask, unsigned value) {
+  return join_reduction(kind, mask, value, site_of(__builtin_return_address(0)));
 }
 
 }  // namespace flashkata::virtual_gpu

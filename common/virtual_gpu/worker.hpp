@@ -109,6 +109,8 @@ struct Worker {
   Context main_context = nullptr;
   int alive = 0;
   int at_barrier = 0;
+  int votes = 0;          // of those who wait at the barrier
+  int votes_counted = 0;  // of those whom the last barrier let go on
 
   // Clock readings, see stamp.hpp. A cell written at or after block_start was written in this block.
   std::uint32_t clock = 0;

@@ -1,6 +1,9 @@
 #include "compile_errors.hpp"
 
 #include <doctest/doctest.h>
+#include <unistd.h>
+
+#include <fstream>
 
 using namespace kata;
 
@@ -9,6 +12,15 @@ namespace {
 const std::vector<std::filesystem::path> MINE = {"/r/phase1_eager/02_attention/attention.cpp"};
 
 std::string text_for(const std::string& log) { return shown(read_build_log(log, MINE), "/r"); }
+
+struct SourceFile {
+  explicit SourceFile(const std::string& text)
+      : path(std::filesystem::temp_directory_path() / ("kata_source_" + std::to_string(getpid()) + ".cu")) {
+    std::ofstream(path) << text;
+  }
+  ~SourceFile() { std::filesystem::remove(path); }
+  std::filesystem::path path;
+};
 
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
@@ -122,6 +134,67 @@ TEST_SUITE("compile errors") {
     CHECK(report.link == std::vector<std::string>{"undefined reference to `flashkata::attention(...)'"});
     CHECK(contains(text_for(log), "must be defined once"));
     CHECK_FALSE(contains(text_for(log), "collect2"));
+  }
+
+  TEST_CASE("a function without a linkage keeps its name when the linker misses it") {
+    const auto report =
+        read_build_log("a.cpp:1: undefined reference to `flashkata::(anonymous namespace)::f(int)'\n", MINE);
+    CHECK(report.link == std::vector<std::string>{"undefined reference to `flashkata::(anonymous namespace)::f(...)'"});
+  }
+
+  TEST_CASE("extern __shared__, which only the linker misses, is shown at its line, with what to write instead") {
+    const std::string log =
+        "/usr/bin/ld: a.o: in function `flashkata::(anonymous namespace)::k(float*)':\n"
+        "a.cu:(.text+0xa): undefined reference to `__tls_init'\n"
+        "/usr/bin/ld: a.cu:(.text+0x11): undefined reference to `flashkata::(anonymous "
+        "namespace)::s[abi:kata_shared]'\n"
+        "collect2: error: ld returned 1 exit status\n";
+    const SourceFile file(
+        "// extern __shared__ float no[];\n__global__ void k(float* out) {\n  extern __shared__ float s[];\n}\n");
+    const auto report = read_build_log(log, {file.path});
+    REQUIRE(report.mine.size() == 1);
+    CHECK(report.mine[0].line == 3);
+    CHECK(report.mine[0].column == 3);
+    const std::string text = shown(report, file.path.parent_path());
+    CHECK(contains(text, ":3:3: error:"));
+    CHECK(contains(text, "    3 |   extern __shared__ float s[];"));
+    CHECK(contains(text, "dynamic_shared<float>()"));
+    CHECK_FALSE(contains(text, "__tls_init"));
+    CHECK_FALSE(contains(text, "must be defined once"));
+
+    // Where a macro hides it.
+    const std::string elsewhere = text_for(log);
+    CHECK(contains(elsewhere, "s[abi:kata_shared]"));
+    CHECK(contains(elsewhere, "dynamic_shared<float>()"));
+    CHECK_FALSE(contains(elsewhere, "__tls_init"));
+    CHECK_FALSE(contains(elsewhere, "must be defined once"));
+  }
+
+  TEST_CASE("kernel<<<...>>>() is one error, with the launch to write instead") {
+    const auto complaint = [](int line, const std::string& message, const std::string& source) {
+      return "/r/phase1_eager/02_attention/attention.cpp:" + std::to_string(line) + ":7: error: " + message + "\n   " +
+             std::to_string(line) + " | " + source + "\n      |       ^\n";
+    };
+    const std::string log =
+        complaint(7, "expected primary-expression before '<' token", "  k<<<grid, 32>>>(out);") +
+        complaint(7, "expected primary-expression before '>' token", "  k<<<grid, 32>>>(out);") +
+        complaint(9, "expected expression", "  k<<<grid,") + complaint(10, "expected expression", "      32>>>(out);") +
+        complaint(12, "expected primary-expression before ')' token", "  f(1, );  // not k<<<1, 1>>>");
+    const auto report = read_build_log(log, MINE);
+    REQUIRE(report.mine.size() == 3);
+    CHECK(contains(report.mine[0].hint, "launch(kernel, grid, block, shared_bytes, stream, arguments...)"));
+    CHECK(report.mine[1].line == 9);
+    CHECK(report.mine[1].hint == report.mine[0].hint);
+    CHECK(report.mine[2].line == 12);
+    CHECK(report.mine[2].hint.empty());
+    CHECK(contains(text_for(log), "shared_bytes"));
+  }
+
+  TEST_CASE("__noinline__ has another name") {
+    const auto report = read_build_log(
+        "/r/phase1_eager/02_attention/attention.cpp:7:1: error: '__noinline__' does not name a type\n", MINE);
+    REQUIRE(report.mine.size() == 1);
+    CHECK(contains(report.mine[0].hint, "__attribute__((noinline))"));
   }
 
   TEST_CASE("only the first errors are shown, and how many more there are") {

@@ -95,6 +95,21 @@ TEST_SUITE("virtual_gpu.runtime") {
     MESSAGE(findings[0].sentence);
   }
 
+  TEST_CASE("__trap() is a finding, and the program goes on") {
+    take_findings();
+    std::vector<float> values = ramp(32);
+    unit::trap_if_negative(DeviceBuffer<float>("in", values).data());
+    CHECK(take_findings().empty());
+    values[7] = -1.0f;
+    unit::trap_if_negative(DeviceBuffer<float>("in", values).data());
+    const std::vector<Finding> findings = take_findings();
+    REQUIRE(findings.size() == 1);
+    CHECK(findings[0].kind == FindingKind::crash);
+    CHECK(findings[0].sentence.find("thread 7 calls __trap()") != std::string::npos);
+    CHECK(findings[0].line > 0);
+    CHECK(findings[0].abandoned);
+  }
+
   TEST_CASE("padding removes the bank conflicts of a transpose") {
     if (!has_checked_kernels()) return;
     const KernelProfile plain = profile_of([](auto in, auto out) { unit::transpose(in, out, false); }, 1024);

@@ -1,5 +1,7 @@
 #include "tests/virtual_gpu/unit_kernels.hpp"
 
+#include <type_traits>
+
 #include "common/gpu/gpu.hpp"
 
 namespace flashkata::unit {
@@ -89,6 +91,146 @@ __global__ void shuffles_kernel(int* out, int argument, int width) {
   out[32 + lane] = __shfl_xor_sync(FULL_WARP, lane, argument, width);
   out[64 + lane] = __shfl_down_sync(FULL_WARP, lane, argument, width);
   out[96 + lane] = __shfl_up_sync(FULL_WARP, lane, argument, width);
+}
+
+__global__ void matches_and_reductions_kernel(const int* values, unsigned* out) {
+  const int lane = threadIdx.x;
+  const int value = values[lane];
+  const auto bits = static_cast<unsigned>(value);
+  unsigned* mine = out + lane * MATCH_RESULTS;
+  mine[0] = __match_any_sync(FULL_WARP, value);
+  mine[1] = __match_any_sync(FULL_WARP, static_cast<float>(value));
+  mine[2] = __match_any_sync(FULL_WARP, static_cast<long long>(value) << 32);
+  mine[3] = __reduce_add_sync(FULL_WARP, value);
+  mine[4] = __reduce_add_sync(FULL_WARP, bits);
+  mine[5] = __reduce_min_sync(FULL_WARP, value);
+  mine[6] = __reduce_min_sync(FULL_WARP, bits);
+  mine[7] = __reduce_max_sync(FULL_WARP, value);
+  mine[8] = __reduce_max_sync(FULL_WARP, bits);
+  mine[9] = __reduce_and_sync(FULL_WARP, bits);
+  mine[10] = __reduce_or_sync(FULL_WARP, bits);
+  mine[11] = __reduce_xor_sync(FULL_WARP, bits);
+  const unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
+  if (lane < 16) {
+    mine[12] = __match_any_sync(half, value);
+    mine[13] = __reduce_add_sync(half, value);
+  } else {
+    mine[12] = __match_any_sync(half, value);
+    mine[13] = __reduce_add_sync(half, value);
+  }
+}
+
+__global__ void barrier_votes_kernel(const int* values, int* out) {
+  const int thread = threadIdx.x;
+  const int count = blockDim.x;
+  const int value = values[thread];
+  const int predicates[3] = {value, value * value == 25, 0};  // any number but 0 is a yes
+  for (int i = 0; i < 3; ++i) {
+    out[(3 * i + 0) * count + thread] = __syncthreads_or(predicates[i]);
+    out[(3 * i + 1) * count + thread] = __syncthreads_and(predicates[i]);
+    out[(3 * i + 2) * count + thread] = __syncthreads_count(predicates[i]);
+  }
+}
+
+__global__ void atomics_kernel(unsigned long long* element, const int* values, Atomic which) {
+  const int value = values[threadIdx.x];
+  auto* signed_element = reinterpret_cast<int*>(element);
+  auto* unsigned_element = reinterpret_cast<unsigned*>(element);
+  if (which == Atomic::subtract_int) atomicSub(signed_element, value);
+  if (which == Atomic::subtract_unsigned) atomicSub(unsigned_element, static_cast<unsigned>(value));
+  if (which == Atomic::exclusive_or) {
+    atomicXor(signed_element, value);
+    atomicXor(unsigned_element + 1, static_cast<unsigned>(value));
+    atomicXor(element, static_cast<unsigned long long>(value) << 20);
+  }
+  if (which == Atomic::increment) atomicInc(unsigned_element, 9u);
+  if (which == Atomic::decrement) atomicDec(unsigned_element, 9u);
+  if (which == Atomic::largest_by_compare_and_swap) {
+    const auto mine = static_cast<unsigned long long>(value) << 33;
+    unsigned long long seen = 0;  // a guess: a plain read would race
+    while (seen < mine) {
+      const unsigned long long before = atomicCAS(element, seen, mine);
+      if (before == seen) break;
+      seen = before;
+    }
+  }
+}
+
+__global__ void float_functions_kernel(const float* in, unsigned* out, int count) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const float x = in[i];
+  const unsigned results[FLOAT_RESULTS] = {
+      static_cast<unsigned>(__float2int_rn(x)),
+      static_cast<unsigned>(__float2int_rz(x)),
+      static_cast<unsigned>(__float2int_rd(x)),
+      static_cast<unsigned>(__float2int_ru(x)),
+      __float2uint_rn(x),
+      __float2uint_rz(x),
+      __float2uint_rd(x),
+      __float2uint_ru(x),
+      __float_as_uint(__frsqrt_rn(x)),
+      isnan(x) ? 1u : 0u,
+      isinf(x) ? 1u : 0u,
+      isfinite(x) ? 1u : 0u,
+  };
+  for (int k = 0; k < FLOAT_RESULTS; ++k) out[k * count + i] = results[k];
+}
+
+__global__ void float_pairs_kernel(const float* a, const float* b, float* out, int count) {
+  const int i = threadIdx.x;
+  if (i >= count) return;
+  out[0 * count + i] = __fadd_rn(a[i], b[i]);
+  out[1 * count + i] = __fsub_rn(a[i], b[i]);
+  out[2 * count + i] = __fmul_rn(a[i], b[i]);
+  out[3 * count + i] = __fdiv_rn(a[i], b[i]);
+  // Whatever is loaded and stored past a cache is the same number.
+  __stcs(&out[4 * count + i], __ldcg(&a[i]));
+  __stcg(&out[5 * count + i], __ldcs(&a[i]));
+  out[6 * count + i] = __ldca(&a[i]);
+  out[7 * count + i] = fdividef(a[i], b[i]);
+}
+
+__global__ void integer_functions_kernel(const unsigned long long* in, long long* out, int count) {
+  const int i = threadIdx.x;
+  if (i >= count) return;
+  const auto low = static_cast<unsigned>(in[i]);
+  out[0 * count + i] = __popcll(in[i]);
+  out[1 * count + i] = __clzll(static_cast<long long>(in[i]));
+  out[2 * count + i] = __ffsll(static_cast<long long>(in[i]));
+  out[3 * count + i] = __ffs(static_cast<int>(low));
+  out[4 * count + i] = __brev(low);
+  out[5 * count + i] = __umulhi(low, 0x9e3779b9u);
+  out[6 * count + i] = __mulhi(static_cast<int>(low), -12345);
+}
+
+template <typename T, typename U>
+__device__ bool is(U value, T want) {
+  return std::is_same_v<T, U> && value == want;
+}
+
+__global__ void mixed_types_kernel(int* out) {
+  const int negative = -1;
+  const unsigned two = 2;
+  const long negative_long = -1;
+  const unsigned long two_long = 2;
+  const long long negative_long_long = -1;
+  const unsigned long long two_long_long = 2;
+  int i = 0;
+  out[i++] = is(min(negative, two), 2u) && is(min(two, negative), 2u);
+  out[i++] = is(max(negative, two), 0xffffffffu) && is(max(two, negative), 0xffffffffu);
+  out[i++] = is(min(negative_long, two_long), 2ul) && is(max(two_long, negative_long), ~0ul);
+  out[i++] = is(min(negative_long_long, two_long_long), 2ull) && is(max(two_long_long, negative_long_long), ~0ull);
+  out[i++] = is(min(1.5f, 1.25), 1.25) && is(max(1.25, 1.5f), 1.5);
+  out[i++] = is(min(negative, 2), -1) && is(max(1.0f, 2.0f), 2.0f);
+  out[i++] = CUDART_INF_F > 3.0e38f && isinf(CUDART_INF_F) && isnan(CUDART_NAN_F);
+  const double2 pair = make_double2(1.0, 2.0);
+  out[i++] = sizeof(double2) == 16 && alignof(double2) == 16 && pair.x + pair.y == 3.0;
+}
+
+__global__ void trap_kernel(const float* in) {
+  if (in[threadIdx.x] < 0.0f) __trap();
+  __threadfence_system();
 }
 
 __global__ void arrival_kernel(int* out) {
@@ -211,6 +353,70 @@ std::vector<int> shuffles(int argument, int width) {
   launch(shuffles_kernel, 1, 32, 0, Stream(), out.data(), argument, width);
   synchronize();
   return out.download();
+}
+
+std::vector<unsigned> matches_and_reductions(const std::vector<int>& values) {
+  DeviceBuffer<int> in("values", values);
+  DeviceBuffer<unsigned> out("out", values.size() * MATCH_RESULTS);
+  launch(matches_and_reductions_kernel, 1, 32, 0, Stream(), in.data(), out.data());
+  synchronize();
+  return out.download();
+}
+
+std::vector<int> barrier_votes(const std::vector<int>& values) {
+  DeviceBuffer<int> in("values", values);
+  DeviceBuffer<int> out("out", 9 * values.size());
+  launch(barrier_votes_kernel, 1, static_cast<unsigned>(values.size()), 0, Stream(), in.data(), out.data());
+  synchronize();
+  return out.download();
+}
+
+unsigned long long atomics(Atomic which, unsigned long long start, const std::vector<int>& values) {
+  DeviceBuffer<int> in("values", values);
+  DeviceBuffer<unsigned long long> element("element", std::vector<unsigned long long>{start});
+  launch(atomics_kernel, 1, static_cast<unsigned>(values.size()), 0, Stream(), element.data(), in.data(), which);
+  synchronize();
+  return element.download()[0];
+}
+
+std::vector<unsigned> float_functions(const std::vector<float>& values) {
+  DeviceBuffer<float> in("in", values);
+  DeviceBuffer<unsigned> out("out", FLOAT_RESULTS * values.size());
+  const int count = static_cast<int>(values.size());
+  launch(float_functions_kernel, ceil_div(count, 256), 256, 0, Stream(), in.data(), out.data(), count);
+  synchronize();
+  return out.download();
+}
+
+std::vector<float> float_pairs(const std::vector<float>& a, const std::vector<float>& b) {
+  DeviceBuffer<float> a_buffer("a", a);
+  DeviceBuffer<float> b_buffer("b", b);
+  DeviceBuffer<float> out("out", 8 * a.size());
+  const int count = static_cast<int>(a.size());
+  launch(float_pairs_kernel, 1, 256, 0, Stream(), a_buffer.data(), b_buffer.data(), out.data(), count);
+  synchronize();
+  return out.download();
+}
+
+std::vector<long long> integer_functions(const std::vector<unsigned long long>& values) {
+  DeviceBuffer<unsigned long long> in("in", values);
+  DeviceBuffer<long long> out("out", 7 * values.size());
+  const int count = static_cast<int>(values.size());
+  launch(integer_functions_kernel, 1, 256, 0, Stream(), in.data(), out.data(), count);
+  synchronize();
+  return out.download();
+}
+
+std::vector<int> mixed_types() {
+  DeviceBuffer<int> out("out", 8);
+  launch(mixed_types_kernel, 1, 1, 0, Stream(), out.data());
+  synchronize();
+  return out.download();
+}
+
+void trap_if_negative(const float* in) {
+  launch(trap_kernel, 1, 32, 0, Stream(), in);
+  synchronize();
 }
 
 std::vector<int> arrival_order(int threads) {

@@ -30,6 +30,35 @@ std::vector<std::uint8_t> copy_with_zero_fill(int bytes, int source_bytes);
 /// The four shuffles of the lane number by `argument` within groups of `width`: [index, xor, down, up][lane].
 std::vector<int> shuffles(int argument, int width);
 
+/// Matches and reductions of values[lane]: [lane][result], in the order of matches_and_reductions_kernel.
+constexpr int MATCH_RESULTS = 14;
+std::vector<unsigned> matches_and_reductions(const std::vector<int>& values);
+
+/// __syncthreads_or, _and, _count of values[thread], of "values[thread] is 5 or -5" and of 0: [predicate][call][thread]
+std::vector<int> barrier_votes(const std::vector<int>& values);
+
+/// All threads call an atomic function on one element, each with its value; the limit of Inc and Dec is 9.
+enum class Atomic { subtract_int, subtract_unsigned, exclusive_or, increment, decrement, largest_by_compare_and_swap };
+unsigned long long atomics(Atomic which, unsigned long long start, const std::vector<int>& values);
+
+/// To integers in the four directions, first signed, then unsigned; __frsqrt_rn as bits; isnan, isinf, isfinite:
+/// [function][value]
+constexpr int FLOAT_RESULTS = 12;
+std::vector<unsigned> float_functions(const std::vector<float>& values);
+
+/// a + b, a - b, a b, a / b; three times a, through the functions of the caches; fdividef: [function][pair]
+std::vector<float> float_pairs(const std::vector<float>& a, const std::vector<float>& b);
+
+/// __popcll, __clzll, __ffsll; of the low half __ffs, __brev, __umulhi by 0x9e3779b9, __mulhi by -12345:
+/// [function][value]
+std::vector<long long> integer_functions(const std::vector<unsigned long long>& values);
+
+/// min and max of mixed types, constants, double2: for each group whether it is as in CUDA.
+std::vector<int> mixed_types();
+
+/// Lanes that find a negative number call __trap().
+void trap_if_negative(const float* in);
+
 /// out[thread] = how many threads of its block had written to a shared counter before it; shows the schedule.
 std::vector<int> arrival_order(int threads);
 

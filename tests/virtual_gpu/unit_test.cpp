@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -239,6 +240,160 @@ TEST_SUITE("virtual_gpu.unit") {
         }
       }
     }
+  }
+
+  TEST_CASE("matches and reductions, of a warp and of half a warp") {
+    if (skip_without_gpu()) return;
+    std::vector<int> values(32);
+    for (std::size_t i = 0; i < 32; ++i) values[i] = static_cast<int>(i % 5) * 1000000007 - 3;  // wraps around
+    const std::vector<unsigned> got = unit::matches_and_reductions(values);
+    for (std::size_t lane = 0; lane < 32; ++lane) {
+      CAPTURE(lane);
+      unsigned equal = 0;
+      unsigned sum = 0;
+      unsigned half_sum = 0;
+      unsigned all = ~0u;
+      unsigned some = 0;
+      unsigned odd = 0;
+      for (std::size_t i = 0; i < 32; ++i) {
+        const auto bits = static_cast<unsigned>(values[i]);
+        equal |= values[i] == values[lane] ? 1u << i : 0;
+        sum += bits;
+        half_sum += i / 16 == lane / 16 ? bits : 0;
+        all &= bits;
+        some |= bits;
+        odd ^= bits;
+      }
+      const auto least = static_cast<unsigned>(*std::min_element(values.begin(), values.end()));
+      const auto most = static_cast<unsigned>(*std::max_element(values.begin(), values.end()));
+      const auto as_unsigned = [](int a, int b) { return static_cast<unsigned>(a) < static_cast<unsigned>(b); };
+      const auto least_bits = static_cast<unsigned>(*std::min_element(values.begin(), values.end(), as_unsigned));
+      const auto most_bits = static_cast<unsigned>(*std::max_element(values.begin(), values.end(), as_unsigned));
+      const unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
+      const std::vector<unsigned> want = {equal, equal,     equal, sum,  sum, least,        least_bits,
+                                          most,  most_bits, all,   some, odd, equal & half, half_sum};
+      const auto first = got.begin() + static_cast<std::ptrdiff_t>(lane * unit::MATCH_RESULTS);
+      CHECK(std::vector<unsigned>(first, first + unit::MATCH_RESULTS) == want);
+    }
+  }
+
+  TEST_CASE("barriers that vote") {
+    if (skip_without_gpu()) return;
+    for (const std::size_t threads : {1, 32, 50, 128}) {
+      CAPTURE(threads);
+      std::vector<int> values(threads, -7);
+      values.back() = 5;
+      const std::vector<int> got = unit::barrier_votes(values);
+      const int all = static_cast<int>(threads);
+      const int want[9] = {1, 1, all, 1, threads == 1 ? 1 : 0, 1, 0, 0, 0};
+      for (std::size_t call = 0; call < 9; ++call) {
+        for (std::size_t thread = 0; thread < threads; ++thread) {
+          const int vote = got[call * threads + thread];
+          CHECK((call % 3 == 2 ? vote : vote != 0) == want[call]);
+        }
+      }
+    }
+  }
+
+  TEST_CASE("atomic functions of integers") {
+    if (skip_without_gpu()) return;
+    using unit::Atomic;
+    std::vector<int> values(64);
+    unsigned long long sum = 0;
+    unsigned odd = 0;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      values[i] = static_cast<int>(i * 37 % 101);
+      sum += static_cast<unsigned>(values[i]);
+      odd ^= static_cast<unsigned>(values[i]);
+    }
+    const unsigned long long start = 0x1234567890ull;
+    const unsigned long long high = start & ~0xffffffffull;
+    const auto low = static_cast<unsigned>(start);
+    CHECK(unit::atomics(Atomic::subtract_int, start, values) == (high | (low - static_cast<unsigned>(sum))));
+    CHECK(unit::atomics(Atomic::subtract_unsigned, high, values) == (high | (0u - static_cast<unsigned>(sum))));
+    const unsigned long long wide = odd;
+    CHECK(unit::atomics(Atomic::exclusive_or, start, values) == (start ^ wide ^ wide << 32 ^ wide << 20));
+    CHECK(unit::atomics(Atomic::increment, high, values) == (high | 4));  // 64 steps in a circle of 10
+    CHECK(unit::atomics(Atomic::decrement, high | 9, values) == (high | 5));
+    CHECK(unit::atomics(Atomic::increment, 1000, values) == 3);  // beyond the limit: 0 is next
+    CHECK(unit::atomics(Atomic::decrement, 1000, values) == 6);  // beyond the limit: the limit is next
+    const auto largest = static_cast<unsigned long long>(*std::max_element(values.begin(), values.end()));
+    CHECK(unit::atomics(Atomic::largest_by_compare_and_swap, 1, values) == largest << 33);
+  }
+
+  TEST_CASE("floats become integers in four directions, and stay within their range") {
+    if (skip_without_gpu()) return;
+    const std::vector<float> values = {
+        0.0f,          -0.0f,         0.5f,    -0.5f,    1.5f,     2.5f,          -1.5f,         -2.5f,
+        0.25f,         7.75f,         -7.75f,  1.0e9f,   -1.0e9f,  2147483520.0f, 2147483648.0f, -2147483648.0f,
+        4294967040.0f, 4294967296.0f, 1.0e20f, -1.0e20f, 1.0e-40f, INFINITY,      -INFINITY,     NAN};
+    const std::vector<unsigned> got = unit::float_functions(values);
+    double (*const directions[])(double) = {std::rint, std::trunc, std::floor, std::ceil};
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const auto at = [&](std::size_t function) { return got[function * values.size() + i]; };
+      const double x = values[i];
+      CAPTURE(x);
+      for (std::size_t d = 0; d < 4; ++d) {
+        const double whole = std::isnan(x) ? 0.0 : directions[d](x);
+        CHECK(at(d) == static_cast<unsigned>(static_cast<int>(std::clamp(whole, -2147483648.0, 2147483647.0))));
+        CHECK(at(4 + d) == static_cast<unsigned>(std::clamp(whole, 0.0, 4294967295.0)));
+      }
+      const auto inverse_root = static_cast<float>(1.0L / std::sqrt(static_cast<long double>(x)));
+      if (std::isnan(inverse_root)) {
+        CHECK(std::isnan(bits_to_float(at(8))));
+      } else {
+        CHECK(bits_to_float(at(8)) == inverse_root);
+      }
+      CHECK(at(9) == (std::isnan(x) ? 1 : 0));
+      CHECK(at(10) == (std::isinf(x) ? 1 : 0));
+      CHECK(at(11) == (std::isfinite(x) ? 1 : 0));
+    }
+  }
+
+  TEST_CASE("rounded sums, products and quotients; loads and stores past a cache") {
+    if (skip_without_gpu()) return;
+    const std::vector<float> a = {1.0f, 1.0f / 3.0f, 16777216.0f, -3.0e38f, 1.0e-30f, 0.1f};
+    const std::vector<float> b = {3.0f, 3.0f, 1.0f, 3.0e38f, 7.0f, -0.3f};
+    const std::vector<float> got = unit::float_pairs(a, b);
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      const auto at = [&](std::size_t function) { return got[function * a.size() + i]; };
+      const double x = a[i];
+      const double y = b[i];
+      CHECK(at(0) == static_cast<float>(x + y));
+      CHECK(at(1) == static_cast<float>(x - y));
+      CHECK(at(2) == static_cast<float>(x * y));
+      CHECK(at(3) == static_cast<float>(x / y));
+      for (std::size_t load = 4; load < 7; ++load) CHECK(at(load) == a[i]);
+      CHECK(at(7) == doctest::Approx(x / y).epsilon(1e-6));
+    }
+  }
+
+  TEST_CASE("bits and high products of integers") {
+    if (skip_without_gpu()) return;
+    const std::vector<unsigned long long> values = {
+        0, 1, 2, 0x80000000ull, 0xffffffffull, 1ull << 63, 0x123456789abcdef0ull, ~0ull};
+    const std::vector<long long> got = unit::integer_functions(values);
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const unsigned long long value = values[i];
+      const auto low = static_cast<unsigned>(value);
+      CAPTURE(value);
+      const auto at = [&](std::size_t function) { return got[function * values.size() + i]; };
+      unsigned reversed = 0;
+      for (int bit = 0; bit < 32; ++bit) reversed |= (low >> bit & 1u) << (31 - bit);
+      CHECK(at(0) == std::popcount(value));
+      CHECK(at(1) == std::countl_zero(value));
+      CHECK(at(2) == (value == 0 ? 0 : std::countr_zero(value) + 1));
+      CHECK(at(3) == (low == 0 ? 0 : std::countr_zero(low) + 1));
+      CHECK(at(4) == reversed);
+      CHECK(at(5) == static_cast<long long>(static_cast<unsigned long long>(low) * 0x9e3779b9u >> 32));
+      CHECK(at(6) ==
+            static_cast<long long>(std::floor(static_cast<double>(static_cast<int>(low)) * -12345.0 / 4294967296.0)));
+    }
+  }
+
+  TEST_CASE("min and max of mixed types, and CUDA's constants") {
+    if (skip_without_gpu()) return;
+    CHECK(unit::mixed_types() == std::vector<int>(8, 1));
   }
 
   TEST_CASE("threads know who they are") {

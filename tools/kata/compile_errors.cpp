@@ -85,13 +85,22 @@ bool is_ninja_line(std::string_view line) {
   return counter || line.starts_with("FAILED:") || line.starts_with("ninja:");
 }
 
+// What the linker says of `extern __shared__`: the tag is that of __shared__ in common/virtual_gpu/cuda_language.hpp.
+bool misses_shared_array(const std::string& link_text) {
+  return link_text.starts_with("undefined") && link_text.find("[abi:kata_shared]") != std::string::npos;
+}
+
 std::string link_text(const std::string& line) {
   for (const std::string_view word : {"undefined reference to", "multiple definition of", "undefined symbol:"}) {
     const auto at = line.find(word);
     if (at == std::string::npos) continue;
     std::string text = line.substr(at);
     // The parameters' types fill a page, and the header says them better.
-    const auto open = text.find('(', word.size());
+    constexpr std::string_view UNNAMED = "(anonymous namespace)";
+    auto open = text.find('(', word.size());
+    while (open != std::string::npos && text.compare(open, UNNAMED.size(), UNNAMED) == 0) {
+      open = text.find('(', open + UNNAMED.size());
+    }
     const auto quoted = open != std::string::npos && text.ends_with('\'');
     if (quoted) text = text.substr(0, open) + "(...)'";
     return text;
@@ -117,7 +126,7 @@ class Reader {
     if (!place) {
       if (line.starts_with("In file included from")) finish();
       if (line.find(" error: ") != std::string::npos && !error_) {  // the compiler itself gave up
-        report_.others.push_back({{}, 0, 0, line, {}});
+        report_.others.push_back({{}, 0, 0, line, {}, {}});
       } else if (error_ && in_context_ && line.starts_with(' ')) {
         error_->context.push_back(line);
       }
@@ -126,7 +135,7 @@ class Reader {
     const bool mine = is_mine(place->file);
     if (const auto message = error_text(place->rest)) {
       finish();
-      error_ = Diagnostic{place->file, place->line, place->column, *message, {}};
+      error_ = Diagnostic{place->file, place->line, place->column, *message, {}, {}};
       error_is_mine_ = mine;
       if (!mine && leading_) lead_from(*leading_);
       leading_.reset();
@@ -196,13 +205,78 @@ class Reader {
   bool in_context_ = false;
 };
 
-// For an error that lies elsewhere but was led to from here, the compiler shows the other place's line, not this one.
-std::string source_line(const fs::path& file, int number) {
+std::string line_of(const fs::path& file, int number) {
   std::istringstream stream{read_file(file).value_or("")};
   std::string line;
   for (int i = 0; i < number; ++i) {
     if (!std::getline(stream, line)) return {};
   }
+  return line;
+}
+
+std::string_view without_comment(std::string_view line) { return line.substr(0, line.find("//")); }
+
+// Words of CUDA that a C++ compiler does not understand, and what to write instead; it serves nvcc as well.
+constexpr std::string_view SHARED_HINT =
+    "Shared memory whose size the launch gives is `float* s = dynamic_shared<float>();` here, on the virtual GPU and "
+    "on a real one alike.";
+constexpr std::string_view LAUNCH_HINT =
+    "A kernel is started by `launch(kernel, grid, block, shared_bytes, stream, arguments...)` here; the default stream "
+    "is `Stream()`.";
+constexpr std::string_view LINK_HINT =
+    "Every function of the step's header must be defined once, with exactly the signature that it has there, and in "
+    "its namespace.";
+constexpr std::string_view NOINLINE_HINT =
+    "It is `__attribute__((noinline))` here, which g++, clang++ and nvcc all understand.";
+
+/// In `kernel<<<grid, block>>>(...)` a C++ compiler stumbles over both ends.
+void add_hints(std::vector<Diagnostic>& errors) {
+  std::vector<Diagnostic> kept;
+  for (Diagnostic& error : errors) {
+    const std::string line = error.context.empty() ? line_of(error.file, error.line) : error.context.front();
+    const auto code = without_comment(line);
+    const bool begins = code.find("<<<") != std::string_view::npos;
+    const bool ends = code.find(">>>") != std::string_view::npos;
+    const bool expects =
+        error.message.starts_with("expected primary-expression") || error.message.starts_with("expected expression");
+    if (expects && (begins || ends)) {
+      const bool is_echo = !kept.empty() && kept.back().hint == LAUNCH_HINT && kept.back().file == error.file &&
+                           (kept.back().line == error.line || !begins);
+      if (is_echo) continue;
+      error.hint = LAUNCH_HINT;
+    } else if (error.message.find("__noinline__") != std::string::npos) {
+      error.hint = NOINLINE_HINT;
+    }
+    kept.push_back(std::move(error));
+  }
+  errors = std::move(kept);
+}
+
+/// The lines `extern __shared__ float s[];`, which only the linker complains of, and without a line.
+std::vector<Diagnostic> unsized_shared_arrays(const std::vector<fs::path>& files) {
+  std::vector<Diagnostic> found;
+  for (const fs::path& file : files) {
+    std::istringstream stream{read_file(file).value_or("")};
+    std::string line;
+    for (int number = 1; std::getline(stream, line); ++number) {
+      const auto code = without_comment(line);
+      const auto at = code.find("extern ");
+      if (at == std::string_view::npos || code.find("__shared__", at) == std::string_view::npos) continue;
+      found.push_back({file,
+                       number,
+                       static_cast<int>(at) + 1,
+                       "the linker finds no memory for `extern __shared__`",
+                       {},
+                       std::string(SHARED_HINT)});
+    }
+  }
+  return found;
+}
+
+// For an error that lies elsewhere but was led to from here, the compiler shows the other place's line, not this one.
+std::string source_line(const fs::path& file, int number) {
+  const auto line = line_of(file, number);
+  if (line.empty()) return {};
   const auto digits = std::to_string(number);  // where g++ puts it
   return std::string(digits.size() < 5 ? 5 - digits.size() : 0, ' ') + digits + " | " + line;
 }
@@ -212,9 +286,10 @@ std::string shown_one(const Diagnostic& error, const fs::path& root) {
   std::string place = relative_to(error.file, root) + ":" + std::to_string(error.line);
   if (error.column > 0) place += ":" + std::to_string(error.column);
   std::string text = "  " + wrapped(bold(place) + ": " + red("error:") + " " + error.message, 4) + "\n";
-  if (error.context.empty()) return text + "  " + source_line(error.file, error.line) + "\n";
+  if (error.context.empty()) text += "  " + source_line(error.file, error.line) + "\n";
   constexpr std::size_t MOST_LINES = 8;  // a template's candidates go on for pages
   for (std::size_t i = 0; i < std::min(error.context.size(), MOST_LINES); ++i) text += "  " + error.context[i] + "\n";
+  if (!error.hint.empty()) text += "  " + wrapped(error.hint, 2) + "\n";
   return text;
 }
 
@@ -229,6 +304,12 @@ CompileReport read_build_log(std::string_view log, const std::vector<fs::path>& 
     reader.add(lines.back());
   }
   CompileReport report = reader.report();
+  add_hints(report.mine);
+  if (report.mine.empty() && std::any_of(report.link.begin(), report.link.end(), misses_shared_array)) {
+    report.mine = unsized_shared_arrays(student_files);
+    // With g++ the linker misses two things for one such array.
+    std::erase_if(report.link, [](const std::string& text) { return text.find("__tls_init") != std::string::npos; });
+  }
   constexpr std::size_t LAST = 15;
   for (std::size_t i = lines.size() > LAST ? lines.size() - LAST : 0; i < lines.size(); ++i) {
     report.last_words += "  " + lines[i] + "\n";
@@ -242,12 +323,8 @@ std::string shown(const CompileReport& report, const fs::path& root, std::size_t
     for (std::size_t i = 0; i < std::min(report.link.size(), most); ++i) {
       text += "  " + red("linker:") + " " + wrapped(report.link[i], 10) + "\n";
     }
-    return text + "\n  " +
-           wrapped(
-               "Every function of the step's header must be defined once, with exactly the signature that it has "
-               "there, and in its namespace.",
-               2) +
-           "\n";
+    const bool shared = std::any_of(report.link.begin(), report.link.end(), misses_shared_array);
+    return text + "\n  " + wrapped(shared ? SHARED_HINT : LINK_HINT, 2) + "\n";
   }
   const auto& errors = report.mine.empty() ? report.others : report.mine;
   if (errors.empty()) return report.last_words;

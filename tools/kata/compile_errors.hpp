@@ -15,6 +15,7 @@ struct Diagnostic {
   int column = 0;
   std::string message;
   std::vector<std::string> context;  // the source line and its caret, and notes in the student's file
+  std::string hint;                  // what to write instead, for words of CUDA that the course writes otherwise
 };
 
 /// What a failed build says to the student.

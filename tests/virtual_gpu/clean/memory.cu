@@ -170,15 +170,31 @@ __global__ void last_block_adds_up(unsigned* ticket, float* partial, float* out)
   out[i] = sum;
 }
 
-bool run_last_block_adds_up() {
+bool run_last_block(void (*kernel)(unsigned*, float*, float*)) {
   constexpr int BLOCKS = 6;
   DeviceBuffer<unsigned> ticket("ticket", 1);
   DeviceBuffer<float> partial("partial", BLOCKS * THREADS);
   DeviceBuffer<float> out("out", THREADS);
   ticket.fill_zero();
-  launch(last_block_adds_up, BLOCKS, THREADS, 0, Stream(), ticket.data(), partial.data(), out.data());
+  launch(kernel, BLOCKS, THREADS, 0, Stream(), ticket.data(), partial.data(), out.data());
   synchronize();
   return all_equal(out.download(), [](int) { return BLOCKS; });
+}
+
+/// The same with the functions for the whole system, and a counter that is 0 again afterwards.
+__global__ void last_block_resets_the_counter(unsigned* ticket, float* partial, float* out) {
+  __shared__ bool is_last;
+  const int i = threadIdx.x;
+  __stcg(&partial[blockIdx.x * THREADS + i], 1.0f);
+  __threadfence_system();
+  __syncthreads();
+  if (i == 0) is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence_system();
+  float sum = 0.0f;
+  for (unsigned block = 0; block < gridDim.x; ++block) sum += __ldcg(&partial[block * THREADS + i]);
+  out[i] = sum;
 }
 
 template <int WIDTH>
@@ -223,7 +239,8 @@ CleanCases memory_clean_cases() {
       CASE(constants_and_parameters, (1 << i % 4) + i),
       CASE(shared_memory_in_a_function, 0 * i + THREADS * (THREADS - 1) / 2 + THREADS),
       {"atomics_between_blocks", __FILE__, run_atomics_between_blocks},
-      {"last_block_adds_up", __FILE__, run_last_block_adds_up},
+      {"last_block_adds_up", __FILE__, [] { return run_last_block(last_block_adds_up); }},
+      {"last_block_resets_the_counter", __FILE__, [] { return run_last_block(last_block_resets_the_counter); }},
       {"template_with_views", __FILE__, run_template_with_views},
   };
 #undef CASE

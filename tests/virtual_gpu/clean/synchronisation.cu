@@ -129,6 +129,23 @@ __global__ void last_warp_is_partial(const float* in, float* out) {
   out[i] = value;
 }
 
+__global__ void a_vote_is_a_barrier(const float* in, float* out) {
+  __shared__ float tile[THREADS];
+  const int i = threadIdx.x;
+  tile[i] = in[i];
+  const int small = __syncthreads_count(in[i] < 10.0f);
+  const float value = tile[THREADS - 1 - i];
+  const int any = __syncthreads_or(value > 1000.0f);  // tile has been read
+  tile[i] = value + small;
+  out[i] = __syncthreads_and(small == 10) != 0 ? tile[THREADS - 1 - i] + any : -1.0f;
+}
+
+__global__ void reductions_by_parity(const float* in, float* out) {
+  const int lane = threadIdx.x;
+  const unsigned same = __match_any_sync(FULL_WARP, lane % 2);
+  out[lane] = __reduce_add_sync(same, static_cast<int>(in[lane]));
+}
+
 int rounds_of(int i) { return 1 + i / 32; }
 
 }  // namespace
@@ -151,6 +168,8 @@ CleanCases synchronisation_clean_cases() {
       CASE(warps_loop_unevenly, 1, THREADS, rounds_of(i) % 2 == 1 ? i ^ 1 : i),
       CASE(one_warp_produces_for_the_next, 1, THREADS, i % 32),
       CASE(narrow_shuffles, 1, 32, 8 * (i / 8 * 8) + 28),
+      CASE(a_vote_is_a_barrier, 1, THREADS, i + 10),
+      CASE(reductions_by_parity, 1, 32, i % 2 == 0 ? 240 : 256),
       CASE(last_warp_is_partial, 1, 40, i ^ 4),
   };
 #undef CASE

@@ -36,6 +36,22 @@ __global__ void atomic_and_plain_store(float* sum, float* out) {
   atomicAdd(&sum[0], 1.0f);  // <- atomic_and_plain_store
 }
 
+__global__ void atomic_of_64_bits_and_plain_store(float* sum, float* out) {
+  auto* element = reinterpret_cast<unsigned long long*>(sum);
+  if (blockIdx.x == 0) {
+    __stcg(element, 0ull);  // <- atomic_of_64_bits_and_plain_store
+    out[threadIdx.x] = 0.0f;
+  }
+  atomicCAS(element, 0ull, 1ull);  // <- atomic_of_64_bits_and_plain_store
+}
+
+__global__ void past_the_caches(float* sum, float* out) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int count = gridDim.x * blockDim.x;
+  __stcs(&sum[i], 1.0f);                 // <- past_the_caches
+  out[i] = __ldcg(&sum[count - 1 - i]);  // <- past_the_caches
+}
+
 /// The last block to finish adds up what the others wrote, but nobody fenced.
 __global__ void last_block_without_fence(float* sum, float* out) {
   __shared__ bool is_last;
@@ -64,9 +80,14 @@ FaultyCases global_race_cases() {
 #name, FindingKind::global_race, __FILE__, [] { run(name, blocks, threads); } \
   }
   return {
-      CASE(plus_equals_between_blocks, 4, THREADS),  CASE(two_blocks_write_one_element, 4, THREADS),
-      CASE(reads_the_neighbours_result, 2, THREADS), CASE(race_within_a_block, 1, THREADS),
-      CASE(atomic_and_plain_store, 4, THREADS),      CASE(last_block_without_fence, 2, 1),
+      CASE(plus_equals_between_blocks, 4, THREADS),
+      CASE(two_blocks_write_one_element, 4, THREADS),
+      CASE(reads_the_neighbours_result, 2, THREADS),
+      CASE(race_within_a_block, 1, THREADS),
+      CASE(atomic_and_plain_store, 4, THREADS),
+      CASE(last_block_without_fence, 2, 1),
+      CASE(atomic_of_64_bits_and_plain_store, 4, THREADS),
+      CASE(past_the_caches, 2, THREADS),
   };
 #undef CASE
 }

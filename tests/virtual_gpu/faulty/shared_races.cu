@@ -46,6 +46,14 @@ __global__ void ballot_is_no_barrier(const float* in, float* out) {
   out[lane] = tile[lane ^ 1] + votes;  // <- ballot_is_no_barrier
 }
 
+__global__ void reduction_is_no_barrier(const float* in, float* out) {
+  __shared__ float tile[32];
+  const int lane = threadIdx.x;
+  tile[lane] = in[lane];  // <- reduction_is_no_barrier
+  const int sum = __reduce_add_sync(FULL_WARP, lane);
+  out[lane] = tile[31 - lane] + sum;  // <- reduction_is_no_barrier
+}
+
 __global__ void half_warps_exchange(const float* in, float* out) {
   __shared__ float tile[32];
   const int lane = threadIdx.x;
@@ -163,6 +171,15 @@ __global__ void vector_over_scalars(const float* in, float* out) {
   }
 }
 
+__global__ void atomic_exclusive_or_and_plain_read(const float* in, float* out) {
+  __shared__ unsigned bits;
+  const int i = threadIdx.x;
+  if (i == 0) bits = 0;
+  __syncthreads();
+  atomicXor(&bits, 1u << i % 32);  // <- atomic_exclusive_or_and_plain_read
+  out[i] = in[i] + bits;           // <- atomic_exclusive_or_and_plain_read
+}
+
 }  // namespace
 
 FaultyCases shared_race_cases() {
@@ -176,11 +193,13 @@ FaultyCases shared_race_cases() {
       CASE(missing_syncwarp, 1, 32),
       CASE(shuffle_is_no_barrier, 1, 32),
       CASE(ballot_is_no_barrier, 1, 32),
+      CASE(reduction_is_no_barrier, 1, 32),
       CASE(half_warps_exchange, 1, 32),
       CASE(syncwarp_across_warps, 1, THREADS),
       CASE(everybody_writes_one_element, 1, THREADS),
       CASE(sum_without_atomic, 1, THREADS),
       CASE(atomic_and_plain_read, 1, THREADS),
+      CASE(atomic_exclusive_or_and_plain_read, 1, THREADS),
       CASE(same_byte, 1, THREADS),
       CASE(same_half, 1, THREADS),
       CASE(tree_without_barrier, 1, THREADS),

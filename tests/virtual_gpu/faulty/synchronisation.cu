@@ -28,6 +28,21 @@ __global__ void exit_before_barrier(const float* in, float* out) {
   __syncthreads();  // <- exit_before_barrier
 }
 
+__global__ void votes_in_both_branches(const float* in, float* out) {
+  const int i = threadIdx.x;
+  if (i < 40) {
+    out[i] = __syncthreads_or(in[i] > 3.0f);  // <- votes_in_both_branches
+  } else {
+    out[i] = __syncthreads_and(in[i] > 3.0f);  // <- votes_in_both_branches
+  }
+}
+
+__global__ void exit_before_count(const float* in, float* out) {
+  const int i = threadIdx.x;
+  if (i >= 50) return;
+  out[i] = __syncthreads_count(in[i] > 3.0f);  // <- exit_before_count
+}
+
 __global__ void barrier_against_syncwarp(const float* in, float* out) {
   const int lane = threadIdx.x;
   out[lane] = in[lane];
@@ -89,6 +104,24 @@ __global__ void different_functions(const float* in, float* out) {
   }
 }
 
+__global__ void match_in_a_branch(const float* in, float* out) {
+  const int lane = threadIdx.x;
+  out[lane] = in[lane];
+  if (lane < 16) {
+    out[lane] = __match_any_sync(FULL_WARP, in[lane]);  // <- match_in_a_branch
+  }
+}
+
+__global__ void different_reductions(const float* in, float* out) {
+  const int lane = threadIdx.x;
+  const int value = static_cast<int>(in[lane]);
+  if (lane < 16) {
+    out[lane] = __reduce_add_sync(FULL_WARP, value);  // <- different_reductions
+  } else {
+    out[lane] = __reduce_max_sync(FULL_WARP, value);  // <- different_reductions
+  }
+}
+
 __global__ void different_lines(const float* in, float* out) {
   const int lane = threadIdx.x;
   if (lane < 16) {
@@ -119,6 +152,8 @@ FaultyCases synchronisation_cases() {
       CASE(barriers_in_both_branches, divergent_barrier, THREADS),
       CASE(barrier_for_some, divergent_barrier, THREADS),
       CASE(exit_before_barrier, barrier_after_exit, THREADS),
+      CASE(votes_in_both_branches, divergent_barrier, THREADS),
+      CASE(exit_before_count, barrier_after_exit, THREADS),
       CASE(barrier_against_syncwarp, deadlock, 32),
       CASE(shuffle_after_exit, absent_lane, 32),
       CASE(vote_in_a_branch, absent_lane, 32),
@@ -127,6 +162,8 @@ FaultyCases synchronisation_cases() {
       CASE(source_does_not_exist, absent_lane, 48),
       CASE(different_masks, divergent_warp, 32),
       CASE(different_functions, divergent_warp, 32),
+      CASE(match_in_a_branch, absent_lane, 32),
+      CASE(different_reductions, divergent_warp, 32),
       CASE(different_lines, divergent_warp, 32),
       CASE(uneven_loop, absent_lane, 32),
   };
