@@ -423,6 +423,15 @@ TEST_SUITE("phase4.07_paged_kv") {
     expect_decoded(step.half, random_decode<fp16>(wide, {1500}, 18), options_of(80, 48));
   }
 
+  TEST_CASE("what the parts leave behind adds up to the output") {
+    ask("partial_output(s, ...) is the average of part s, whoever merges it: where in memory does it begin, and who "
+        "divided it by what?");
+    for (const auto& call : step.both()) {
+      if (!expect_parts_add_up(call, options_of(3, 16))) return;
+    }
+    if (expect_parts_add_up(step.half, options_of(3, 16))) expect_parts_add_up(step.brain, options_of(3, 16));
+  }
+
   TEST_CASE("a key that matches far better than the others gives its value alone") {
     ask("One score is 60 above the rest. In which page is that key, and is it the first or the last slot of it?");
     const std::vector<Index> places{0, 1, 15, 16, 31, 32, 47, 48, 63, 64, 65, 95, 96, 127, 128, 129, 130};

@@ -44,6 +44,11 @@ using corpus::UNNAMED;
   X(places_of_16_bits, "places of 16 bits", UNNAMED) \
   X(heads_of_8_bits, "h beside b in 8 bits", UNNAMED) \
   X(rows_of_12_bits, "i beside j in 12 bits", UNNAMED) \
+  X(rows_of_20_bits, "i beside j in 20 bits", UNNAMED) \
+  X(queries_of_20_bits, "j beside i in 20 bits", UNNAMED) \
+  X(heads_of_16_bits, "h beside b in 16 bits", UNNAMED) \
+  X(at_most_95, "probabilities above 0.95 taken for it", UNNAMED) \
+  X(twelve_bits, "probabilities in steps of 1/4096", UNNAMED) \
   X(threshold_inverted, "keeps with the probability that it should drop with", "dropout-keeps-p") \
   X(signed_words, "words as signed numbers", UNNAMED) \
   X(eight_bits, "probabilities in steps of 1/256", UNNAMED) \
@@ -300,6 +305,9 @@ KATA_BOTH bool stays(Rule rule, Place p, Asks asks, int tile = 32, int thread = 
   if (play == Play::places_of_16_bits) p = {p.b, p.h, p.i % 65536, p.j % 65536};
   if (play == Play::heads_of_8_bits) p = {0, p.b * 256 + p.h, p.i, p.j};
   if (play == Play::rows_of_12_bits) p = {p.b, p.h, 0, p.i * 4096 + p.j};
+  if (play == Play::rows_of_20_bits) p = {p.b, p.h, p.i + (p.j >> 20), p.j % (1 << 20)};
+  if (play == Play::queries_of_20_bits) p = {p.b, p.h, p.i % (1 << 20), p.j + (p.i >> 20)};
+  if (play == Play::heads_of_16_bits) p = {0, p.b * 65536 + p.h, p.i, p.j};
   if (play == Play::gpu_item_and_head && gpu) std::swap(p.b, p.h);
   if (play == Play::gpu_heads_beyond_4 && gpu && p.h >= 4) p.h = 0;
   if (play == Play::gpu_from_diagonal && gpu && rule.causal) p.j += 100000 - p.i;
@@ -314,7 +322,9 @@ KATA_BOTH bool stays(Rule rule, Place p, Asks asks, int tile = 32, int thread = 
   if (play == Play::bwd_next_offset && back) ++rule.offset;
 
   const std::uint32_t word = random_word(rule, p);
-  const double probability = static_cast<double>(rule.probability);
+  double probability = static_cast<double>(rule.probability);
+  if (play == Play::at_most_95 && probability > 0.95) probability = 0.95;
+  if (play == Play::twelve_bits) probability = rint(probability * 4096.0) / 4096.0;
   const auto threshold = static_cast<std::uint32_t>(4294967296.0 * probability);
   switch (play) {
     case Play::threshold_inverted:

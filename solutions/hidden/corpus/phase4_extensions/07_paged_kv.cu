@@ -13,6 +13,7 @@
   X(page_and_slot, "pages and slots exchanged", "paged-page-and-slot") \
   X(slot_reversed, "pages filled from behind", "paged-slot-reversed") \
   X(first_page_only, "the first page over and over", "paged-first-page-only") \
+  X(table_packed, "the table without its stride", UNNAMED) \
   X(next_entry, "the table read one entry late", "paged-next-entry") \
   X(value_first_page, "values from the page before the table", "paged-values-logical") \
   X(values_behind_keys, "values where a half of the buffer would end", UNNAMED) \
@@ -35,6 +36,7 @@
   X(full_unnoticed, "tokens dropped when full", UNNAMED) \
   X(heads_first, "tokens of the first head for all", UNNAMED) \
   X(tokens_packed, "tokens without their strides", UNNAMED) \
+  X(channels_packed, "channels without their stride", UNNAMED) \
   X(value_in_key, "values where the keys belong", UNNAMED) \
   X(value_of_key, "keys for values", UNNAMED) \
   X(table_zeros, "the table filled up with 0", UNNAMED) \
@@ -87,6 +89,7 @@ struct InPages {
       const int entry = at < table.size(0) * blocks ? table.data()[at] : 0;
       return entry < 0 ? 0 : entry;
     }
+    if (play == Play::table_packed) return table.data()[static_cast<Index>(b) * blocks + block];
     return table(b, block);
   }
   KATA_BOTH Index slot(int b, int j) const {
@@ -244,8 +247,9 @@ void PagedCache::append(int sequence, View<const float, 3> key, View<const float
       for (Index d = 0; d < key.size(2); ++d) {
         const Index from = play == Play::heads_first ? 0 : head;
         const Index packed = (from * tokens + token) * key.size(2) + d;
-        const float k = play == Play::tokens_packed ? key.data()[packed] : key(from, token, d);
-        const float v = play == Play::tokens_packed ? value.data()[packed] : value(from, token, d);
+        float k = play == Play::tokens_packed ? key.data()[packed] : key(from, token, d);
+        float v = play == Play::tokens_packed ? value.data()[packed] : value(from, token, d);
+        if (play == Play::channels_packed) k = (&key(from, token, 0))[d], v = (&value(from, token, 0))[d];
         key_pages_(page, head, slot, d) = play == Play::value_in_key ? v : k;
         value_pages_(page, head, slot, d) = play == Play::value_of_key ? k : v;
       }

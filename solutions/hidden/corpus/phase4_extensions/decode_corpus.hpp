@@ -43,6 +43,7 @@ using corpus::UNNAMED;
   X(merge_head_stride, "parts of the first head merged for all", "splitkv-merge-first-head") \
   X(merge_32, "no more than 32 parts merged", UNNAMED) \
   X(parts_swapped, "parts stored by sequence first", UNNAMED) \
+  X(averages_inside, "averages of the parts stored side by side", UNNAMED) \
   X(partial_base2, "partial_lse in base 2", UNNAMED) \
   X(atomic_merge, "atomic-float-merge", UNNAMED) \
   X(tile_crosses_group, "gqa-tile-crosses-group", "gqa-tile-crosses-group") \
@@ -60,6 +61,7 @@ using corpus::UNNAMED;
   X(causal_in_part, "causal within the part", "causal-local-index") \
   X(length_ignored, "lengths ignored", "decode-length-ignored") \
   X(length_first, "the first length for all", "decode-length-first") \
+  X(lengths_packed, "lengths without their stride", UNNAMED) \
   X(length_short, "the newest key left out", "decode-newest-missing") \
   X(length_long, "a key more than there are", UNNAMED) \
   X(no_rescale_o, "no-rescale-o", "no-rescale-o") \
@@ -178,7 +180,7 @@ struct Arguments {
   KATA_BOTH int group() const { return heads / kv_heads; }
 
   KATA_BOTH int length(int b) const {
-    const int own = lengths(play == Play::length_first ? 0 : b);
+    const int own = play == Play::lengths_packed ? lengths.data()[b] : lengths(play == Play::length_first ? 0 : b);
     if (play == Play::length_ignored) return capacity;
     if (play == Play::length_short) return own > 0 ? own - 1 : 0;
     if (play == Play::length_long) return own < capacity ? own + 1 : own;
@@ -240,6 +242,9 @@ struct Arguments {
     if (play == Play::parts_swapped) {
       return partial_output.data()[(((b * splits + split) * heads + h) * queries + i) * width + d];
     }
+    if (play == Play::averages_inside) {
+      return partial_output.data()[(((b * heads + h) * queries + i) * splits + split) * width + d];
+    }
     return partial_output(split, b, h, i, d);
   }
   KATA_BOTH void store_part(int split, int b, int h, int i, float value) const {
@@ -253,6 +258,8 @@ struct Arguments {
   KATA_BOTH void store_part(int split, int b, int h, int i, int d, float value) const {
     if (play == Play::parts_swapped) {
       partial_output.data()[(((b * splits + split) * heads + h) * queries + i) * width + d] = value;
+    } else if (play == Play::averages_inside) {
+      partial_output.data()[(((b * heads + h) * queries + i) * splits + split) * width + d] = value;
     } else {
       partial_output(split, b, h, i, d) = value;
     }
