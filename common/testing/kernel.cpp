@@ -210,10 +210,10 @@ std::int64_t bytes_loaded(const std::vector<KernelProfile>& profiles, std::strin
   return sum(profiles, buffer, [](const TensorTraffic& traffic) { return traffic.loaded; });
 }
 
-bool expect_blind_tiles_not_loaded(std::int64_t causal, std::int64_t all, const std::string& of) {
-  return expect(causal * 10 <= all * 9, "traffic",
+bool expect_blind_tiles_not_loaded(std::int64_t causal, std::int64_t all, const std::string& of, int tenths) {
+  return expect(causal * 10 <= all * tenths, "traffic",
                 "tiles loaded that see nothing of each other: causal, " + std::to_string(causal) + " bytes of " + of +
-                    ", without a mask " + std::to_string(all) + "; want at most 9/10" +
+                    ", without a mask " + std::to_string(all) + "; want at most " + std::to_string(tenths) + "/10" +
                     (causal == all ? ". Is there such a tile, or has your block more rows than there are?" : ""));
 }
 
