@@ -415,6 +415,14 @@ bool expect_parts_add_up(const DecodeCall<T>& call, const DecodeOptions& options
          not_so(call, in, options);
 }
 
+/// In all types, and on the CPU.
+inline void expect_parts_add_up(const DecodeStep& step, const DecodeOptions& options) {
+  for (const auto& call : step.both()) {
+    if (!expect_parts_add_up(call, options)) return;
+  }
+  if (expect_parts_add_up(step.half, options)) expect_parts_add_up(step.brain, options);
+}
+
 /// A key that matches far better than all others, in each of these places, gives its value alone.
 template <typename T>
 bool expect_needles(const DecodeCall<T>& call, Index keys, const std::vector<Index>& places,

@@ -38,6 +38,25 @@ std::string how_many(std::size_t some, std::size_t all) {
   return std::to_string(some) + " of " + std::to_string(all) + (all == 1 ? " element" : " elements");
 }
 
+// `differs(got, want)` says whether an element counts.
+template <typename Differs>
+bool expect_same(std::string_view name, const Array& got, const Array& want, const Axes& axes, std::string_view why,
+                 const Differs& differs) {
+  if (!same_shape(name, got, want)) return false;
+  std::size_t changed = 0, first = npos;
+  for (std::size_t i = 0; i < want.count(); ++i) {
+    const double is = got.values[i], was = want.values[i];
+    if (is == was || (std::isnan(is) && std::isnan(was)) || !differs(is, was)) continue;
+    ++changed;
+    if (first == npos) first = i;
+  }
+  if (changed == 0) return true;
+  const auto [was, became] = told_apart(want.values[first], got.values[first]);
+  finding(name, "changed in " + how_many(changed, want.count()) + " " + std::string(why) + "; first at [" +
+                    place(want, first, axes) + "]: " + was + " became " + became);
+  return false;
+}
+
 }  // namespace
 
 Bound fp32_bound(Array magnitude, double largest_score) {
@@ -73,29 +92,6 @@ bool expect_close(std::string_view name, const Array& got, const Array& want, co
   finding(name, text.str());
   return false;
 }
-
-namespace {
-
-// `differs(got, want)` says whether an element counts.
-template <typename Differs>
-bool expect_same(std::string_view name, const Array& got, const Array& want, const Axes& axes, std::string_view why,
-                 const Differs& differs) {
-  if (!same_shape(name, got, want)) return false;
-  std::size_t changed = 0, first = npos;
-  for (std::size_t i = 0; i < want.count(); ++i) {
-    const double is = got.values[i], was = want.values[i];
-    if (is == was || (std::isnan(is) && std::isnan(was)) || !differs(is, was)) continue;
-    ++changed;
-    if (first == npos) first = i;
-  }
-  if (changed == 0) return true;
-  const auto [was, became] = told_apart(want.values[first], got.values[first]);
-  finding(name, "changed in " + how_many(changed, want.count()) + " " + std::string(why) + "; first at [" +
-                    place(want, first, axes) + "]: " + was + " became " + became);
-  return false;
-}
-
-}  // namespace
 
 bool expect_same_bits(std::string_view name, const Array& got, const Array& want, const Axes& axes,
                       std::string_view why) {

@@ -426,10 +426,7 @@ TEST_SUITE("phase4.07_paged_kv") {
   TEST_CASE("what the parts leave behind adds up to the output") {
     ask("partial_output(s, ...) is the average of part s, whoever merges it: where in memory does it begin, and who "
         "divided it by what?");
-    for (const auto& call : step.both()) {
-      if (!expect_parts_add_up(call, options_of(3, 16))) return;
-    }
-    if (expect_parts_add_up(step.half, options_of(3, 16))) expect_parts_add_up(step.brain, options_of(3, 16));
+    expect_parts_add_up(step, options_of(3, 16));
   }
 
   TEST_CASE("a key that matches far better than the others gives its value alone") {
